@@ -1,0 +1,178 @@
+# The study by one command each. `make help` lists them; README.md explains the variables.
+#
+#   make reproduce [PROFILE=smoke|quick|paper|FILE.yaml] [RUN=name] [DATA=synthetic|cifar100|PATH] [DEVICE=] [SEED=]
+#                  [LIMIT=images per class] [VARIANT=v1|v2|v3] [SET="train.epochs=3 prune.lr=1e-3"]
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+# Set here, so that only the command line gives them: DATA or SEED in somebody's environment is not meant for us.
+PROFILE := smoke
+RUN := $(basename $(notdir $(PROFILE)))
+DATA :=
+DEVICE :=
+SEED :=
+LIMIT :=
+VARIANT :=
+SET :=
+CHECKPOINT :=
+OPT_LEVEL :=
+
+ifneq ($(shell printf '%s' '$(RUN)' | grep -cE '^[A-Za-z0-9][A-Za-z0-9._-]*$$'),1)
+$(error RUN='$(RUN)' is no folder name; use letters, digits, '.', '_' and '-')
+endif
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+# For provenance.json; the inner make below must not replace it by its own.
+MSUNET_COMMAND ?= $(strip make $(MAKECMDGOALS) $(MAKEOVERRIDES))
+export MSUNET_COMMAND
+
+quote = '$(subst ','\'',$1)'
+
+##@ environment: PYTHON=..., else the active one, else .venv made from the first Python that will do
+
+ifneq ($(PYTHON),)
+PY := $(PYTHON)
+else ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
+PY := $(call quote,$(or $(VIRTUAL_ENV),$(CONDA_PREFIX))/bin/python)
+else
+PY := .venv/bin/python
+endif
+ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.complete,.given)
+
+.PHONY: .given .python
+.given:
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(not (sys.version_info[:2] in ((3, 11), (3, 12)) \
+	  and u.find_spec("torch") and u.find_spec("papermill")))' || { echo $(PY) 'is not Python 3.11 or 3.12 with the' \
+	  'packages: -m pip install -r requirements.txt there, or unset PYTHON, VIRTUAL_ENV and CONDA_PREFIX' >&2; exit 1; }
+.python: $(ENVIRONMENT)
+	@echo $(PY)
+
+# Shims exist that are found but do not run (pyenv), and Pythons that cannot make environments (Debian).
+SUITABLE = -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1
+
+# .making says that what stands there is unfinished, so a killed `make` starts it anew; an environment
+# made by hand is completed and never removed.
+.venv/.complete: requirements.txt pyproject.toml
+	@set -e; \
+	if [ -e .venv/.making ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python $(SUITABLE); then \
+	  for python in python3.12 python3.11 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
+	  if [ $$python = none ]; then \
+	    echo 'no Python 3.11 or 3.12 with venv found; install one (Debian: python3.12-venv) or give PYTHON=...' >&2; exit 1; \
+	  fi; \
+	  echo "making .venv from $$($$python --version)" >&2; \
+	  rm -rf .venv; mkdir .venv; touch .venv/.making; $$python -m venv .venv; \
+	fi; \
+	touch .venv/.making; rm -f $@; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .; \
+	mv .venv/.making $@
+
+##@ the run: notebooks, each made anew when its code, profile, parameters or an earlier notebook changed
+
+RUN_FOLDER := $(or $(MSUNET_RUNS),runs)/$(RUN)
+PARAMETERS := $(strip $(foreach name,PROFILE RUN DATA DEVICE SEED LIMIT VARIANT,$(if $($(name)),-p $(name) $(call quote,$($(name)))))\
+  $(if $(SET),-p OVERRIDES $(call quote,$(SET))))
+RECORD := $(RUN_FOLDER)/.parameters
+
+# Everything that a notebook imports. report.py only shows what they left, runner.py only runs them.
+CODE := $(sort $(filter-out %/__main__.py %/runner.py %/report.py,$(shell find msunet_core -name '*.py')))
+PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/profiles/$(PROFILE).yaml))
+# Images given as an .npz, or as folders: a class folder's time changes with the images in it.
+DATA_FILES := $(if $(filter-out synthetic cifar100,$(DATA)),$(wildcard $(DATA) $(DATA)/* $(DATA)/*/*))
+INPUTS := $(CODE) $(PROFILE_FILE) $(DATA_FILES) $(RECORD)
+
+NAMES := 01_data_and_cutmix 02_ternary_training 03_fp16_pruning 04_o3_validation 05_scoring_walkthrough 06_ablations
+EXECUTED := $(NAMES:%=$(RUN_FOLDER)/%.ipynb)
+INDEX := $(RUN_FOLDER)/index.html
+
+$(RUN_FOLDER)/03_fp16_pruning.ipynb: $(RUN_FOLDER)/02_ternary_training.ipynb
+$(RUN_FOLDER)/04_o3_validation.ipynb $(RUN_FOLDER)/05_scoring_walkthrough.ipynb: $(RUN_FOLDER)/03_fp16_pruning.ipynb
+
+STAGE_02_ternary_training := train
+STAGE_03_fp16_pruning := prune
+STAGE_06_ablations := ablations
+
+$(EXECUTED): $(RUN_FOLDER)/%.ipynb: notebooks/%.ipynb $(INPUTS)
+	@$(PY) -m msunet_core.runner run $< $@ $(PARAMETERS) \
+	  $(if $(STAGE_$*),--stage $(RUN_FOLDER)/$(STAGE_$*) --inputs $(filter-out $<,$^))
+
+$(INDEX): $(EXECUTED) msunet_core/report.py
+	@$(PY) -m msunet_core.report $(RUN_FOLDER)
+
+# The record of the parameters is rewritten when they differ from those of the last run, and only once
+# they are known to be good: a misspelt VARIANT must not make a finished run look out of date.
+ifneq ($(strip $(shell cat $(RECORD) 2>/dev/null)),$(PARAMETERS))
+$(RECORD): FORCE
+CHECK = $(PY) -m msunet_core.runner check $(PARAMETERS)
+endif
+$(RECORD):
+	@mkdir -p $(@D) && printf '%s\n' $(call quote,$(PARAMETERS)) > $@
+
+# The targets below make these under the lock of the run folder, in a second make. -n and -q change
+# nothing, so they take no lock.
+DRY := $(findstring n,$(firstword -$(MAKEFLAGS)))$(findstring q,$(firstword -$(MAKEFLAGS)))
+LOCKED = $(if $(DRY),,$(PY) -m msunet_core.runner lock $(RUN_FOLDER) -- )$(MAKE)
+.PHONY: .reproduce .train .prune .ablations
+.reproduce: $(INDEX)
+.train: $(RUN_FOLDER)/02_ternary_training.ipynb
+.prune: $(RUN_FOLDER)/03_fp16_pruning.ipynb
+.ablations: $(RUN_FOLDER)/06_ablations.ipynb
+
+##@ targets
+
+.PHONY: reproduce train prune ablations report
+reproduce: $(ENVIRONMENT) ## run notebooks 01..06 headless and render the pages, as far as anything changed
+	@$(CHECK)
+	+@$(LOCKED) .$@
+train: $(ENVIRONMENT) ## only notebook 02: ternary training
+	@$(CHECK)
+	+@$(LOCKED) .$@
+prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precision
+	@$(CHECK)
+	+@$(LOCKED) .$@
+ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
+	@$(CHECK)
+	+@$(LOCKED) .$@
+report: $(ENVIRONMENT) ## render the pages of RUN again from what is there, running nothing
+	@$(PY) -m msunet_core.report $(RUN_FOLDER)
+
+.PHONY: score validate
+needed = $(if $($1),,$(error give $1=..., for example $2))
+score: $(ENVIRONMENT) ## score CHECKPOINT=... [VARIANT= OPT_LEVEL=]: parameters, operations, score
+	@$(call needed,CHECKPOINT,make score CHECKPOINT=runs/smoke/prune/checkpoint.safetensors)\
+	$(PY) -m msunet_core score $(call quote,$(CHECKPOINT)) $(OPTIONS)
+validate: $(ENVIRONMENT) ## top-1 and top-5 of CHECKPOINT=... on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
+	@$(call needed,CHECKPOINT,make validate CHECKPOINT=runs/smoke/prune/checkpoint.safetensors DATA=cifar100)\
+	$(call needed,DATA,DATA=cifar100 or the path of an .npz)\
+	$(PY) -m msunet_core validate $(call quote,$(CHECKPOINT)) --data $(call quote,$(DATA)) $(OPTIONS) \
+	  $(if $(LIMIT),--limit $(call quote,$(LIMIT))) $(if $(DEVICE),--device $(call quote,$(DEVICE)))
+OPTIONS = $(if $(VARIANT),--variant $(call quote,$(VARIANT))) $(if $(OPT_LEVEL),--opt-level $(call quote,$(OPT_LEVEL)))
+
+.PHONY: test test-fast lint lab notebooks
+# A fresh folder for runs each time: nothing of an earlier run may be found and reused.
+FRESH_RUNS = runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && MSUNET_RUNS="$$runs"
+test: lint ## ruff, all tests, and every notebook against its stored outputs
+	$(PY) -m pytest
+	@$(FRESH_RUNS) $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 900 \
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+test-fast: lint ## ruff and the quick tests, in under a minute
+	$(PY) -m pytest -q -m "not slow"
+lint: $(ENVIRONMENT) ## ruff, rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+lab: $(ENVIRONMENT) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+notebooks: $(ENVIRONMENT) ## execute the committed notebooks in place: smoke profile, default parameters
+	@$(FRESH_RUNS) $(PY) -m msunet_core.runner refresh notebooks/*.ipynb
+
+.PHONY: clean help FORCE
+clean: ## remove the folder of RUN and the tools' caches; data/ and .venv stay
+	rm -rf $(RUN_FOLDER) .pytest_cache .ruff_cache build *.egg-info
+	find msunet_core tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+help: ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r target text; do \
+	  printf '  make %-11s %s\n' "$$target" "$$text"; done

@@ -1,0 +1,235 @@
+"""Configuration is data: one dataclass tree, one YAML file per profile, dotted overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .cutmix import CONSISTENCY
+from .errors import StudyError, closest
+from .network import VARIANTS
+from .precision import OPT_LEVELS
+from .pruning import PRUNERS, RAMP_EPOCHS
+from .ternary import WEIGHTS
+
+PROFILES = Path(__file__).parent / "profiles"
+SCHEDULES = ("step", "cosine", "one-cycle")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from; ``limit`` keeps the first N of each class and split."""
+
+    source: str = "synthetic"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Arguments of :func:`msunet_core.build_msunet`."""
+
+    variant: str = "v3"
+    weights: str = "ternary"
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage (SPEC section 6); epochs count from 0, rates and alpha hold for an epoch."""
+
+    epochs: int = 1
+    batch_size: int = 64
+    # Learning rate: warm-up from warmup_lr, then "step" (x gamma at each milestone), "cosine" from
+    # lr to final_lr, or "one-cycle" (linear up over warmup_epochs, linear down to final_lr, per step).
+    lr: float = 0.1
+    schedule: str = "step"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.25
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-4
+    final_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    augment: bool = True
+    cutmix_probability: float = 0.5
+    cutmix_until: int | None = None  # first epoch without CutMix; None: on to the end
+    consistency: str = "as-described"
+    alpha: float | None = None  # fixed threshold; None: the schedule from alpha_start to alpha_end
+    alpha_start: int = 20
+    alpha_end: int = 400
+    freeze_ternary: bool = False
+    opt_level: str = "O0"
+    pruner: str = "none"
+    ramp_epochs: int = RAMP_EPOCHS
+    checkpoint_every: int = 1
+    evaluate_every: int = 1
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("epochs", 0, 100_000),
+            ("batch_size", 1, 65_536),
+            ("lr", 0, 100),
+            ("gamma", 0, 1),
+            ("momentum", 0, 1),
+            ("weight_decay", 0, 1),
+            ("cutmix_probability", 0, 1),
+            ("ramp_epochs", 0, 100_000),
+            ("checkpoint_every", 1, 100_000),
+            ("evaluate_every", 1, 100_000),
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise StudyError(f"{name} {value!r} is outside {low} .. {high}; correct it in the profile")
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("consistency", CONSISTENCY),
+            ("opt_level", OPT_LEVELS),
+            ("pruner", PRUNERS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
+        if not 0 <= self.alpha_start <= self.alpha_end:
+            raise StudyError(f"alpha_start {self.alpha_start} is not in 0 .. alpha_end {self.alpha_end}")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A whole study: data, network, the two stages, the ablation's training stage.
+
+    ``expect`` holds bands [low, high] of measured numbers of this profile on its own data, for
+    the regression check of the notebooks; a profile or data set without a band is not checked.
+    """
+
+    name: str = "smoke"
+    seed: int = 0
+    device: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    train: StageConfig = field(default_factory=StageConfig)
+    prune: StageConfig = field(default_factory=StageConfig)
+    ablation: StageConfig = field(default_factory=StageConfig)
+    ablation_prune: StageConfig = field(default_factory=StageConfig)
+    ablation_width: float = 1.0
+    expect: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, choices in (("variant", VARIANTS), ("weights", WEIGHTS)):
+            value = getattr(self.network, name)
+            if value not in choices:
+                raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def load_profile(
+    name: str = "smoke",
+    *,
+    variant: str | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    overrides: typing.Iterable[str] | str = (),
+) -> Profile:
+    """Read a profile and lay the given choices over it.
+
+    Parameters
+    ----------
+    name : "smoke", "quick", "paper", or the path of a .yaml file of the same form
+    variant, data, limit, seed, device : replace the profile's own where not None
+    overrides : "train.epochs=3" and the like, a sequence or one string separated by spaces
+
+    Raises
+    ------
+    StudyError : unknown profile, variant, name or value, with the nearest known one
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        raise StudyError(f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
+    if not isinstance(tree, dict):
+        raise StudyError(f"{path} holds {type(tree).__name__}, not a mapping of profile fields; correct it")
+    per_variant = tree.pop("variants", {})
+    variant = variant or tree.get("network", {}).get("variant", "v3")
+    if variant not in VARIANTS:
+        raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
+    tree = _merge(tree, per_variant.get(variant, {}))
+    tree = _merge(tree, {"name": path.stem, "network": {"variant": variant}})
+    tree = _merge(tree, {"seed": seed, "device": device}, skip_none=True)
+    tree = _merge(tree, {"data": {"source": data, "limit": limit}}, skip_none=True)
+    for override in overrides.split() if isinstance(overrides, str) else overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise StudyError(f"override {override!r} has no '='; write it as train.epochs=3")
+        value: object = yaml.safe_load(text)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    if data is not None or limit is not None or not _is_own_data(tree):
+        tree["expect"] = {}
+    return _build(Profile, tree, where="")
+
+
+def _is_own_data(tree: dict) -> bool:
+    return tree.get("data", {}).get("source", "synthetic") == "synthetic"
+
+
+def _merge(base: dict, over: dict, skip_none: bool = False) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key, {}), dict):
+            merged[key] = _merge(merged.get(key, {}), value, skip_none)
+        elif value is not None or not skip_none:
+            merged[key] = value
+    return merged
+
+
+def _build(cls: type, tree: object, where: str):
+    if not isinstance(tree, dict):
+        raise StudyError(f"{where.rstrip('.') or 'profile'} is {tree!r}, not a mapping of fields")
+    kinds = typing.get_type_hints(cls)
+    for name in tree:
+        if name not in kinds:
+            raise StudyError(f"parameter {where}{name} is unknown; {closest(name, kinds)}")
+    return cls(**{name: _value(kinds[name], value, f"{where}{name}") for name, value in tree.items()})
+
+
+def _value(kind, value, where: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{where}.")
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    origin = typing.get_origin(kind)
+    try:
+        if origin is tuple:
+            return tuple(int(v) for v in value)
+        if origin is dict:
+            return {k: [float(low), float(high)] for k, (low, high) in value.items()}
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if kind is int:
+            if isinstance(value, bool) or int(value) != float(value):
+                raise TypeError
+            return int(value)
+        if kind is float and isinstance(value, bool):
+            raise TypeError
+        return kind(value)
+    except (TypeError, ValueError):
+        expected = getattr(origin or kind, "__name__", str(kind))
+        raise StudyError(f"parameter {where} is {value!r}, not of type {expected}; correct it") from None

@@ -1,0 +1,404 @@
+"""The two stages of the study: epochs of training with evaluation, checkpoints and a history.
+
+Every random choice of an epoch is drawn from (seed, stage, epoch) alone, so a checkpoint needs no
+random state: what was interrupted and started again ends bit for bit where it would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import hashlib
+import io
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .augment import augment, draw_epoch_plan
+from .checkpoint import latest_checkpoint, save_checkpoint
+from .config import StageConfig
+from .data import ImageData
+from .errors import StudyError
+from .evaluation import accuracy, class_scores
+from .files import atomic_write, lock_folder, write_fault
+from .pruning import GROUPS, cubic_sparsity
+from .training import MIN_LOSS_SCALE, Learner, alpha_of_epoch, first_bad_layer, learning_rate
+
+CHECKPOINT = "checkpoint.safetensors"
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
+
+
+@dataclass
+class StageResult:
+    """What a stage ends with.
+
+    model : FP32 network in eval mode (of an O2 stage: its masters), masks applied
+    history : DataFrame, a row an epoch
+    metrics : ``top1``, ``top5`` (percent) and ``loss`` on the test images after the last epoch, at the stage's opt level
+    checkpoint : path of the last checkpoint
+    """
+
+    model: nn.Module
+    history: pd.DataFrame
+    metrics: dict[str, float]
+    checkpoint: Path
+
+
+def train(model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options) -> StageResult:
+    """Ternary training (SPEC section 6), in ``folder``; goes on where a checkpoint there stopped.
+
+    Parameters
+    ----------
+    model : FP32 network; trained in place
+    data : images and labels; the test half is only looked at, it chooses nothing
+    config : the recipe
+    folder : gets ``checkpoint.safetensors``, ``history.csv``, ``metrics.json``, ``log.txt`` and TensorBoard events
+    seed : int, of every random choice (default 0)
+    device : "auto", "cpu", "cuda", ...
+    progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
+
+    Raises
+    ------
+    StudyError : the folder holds another run; a loss that is not finite; a disk that is full
+    KeyboardInterrupt, SystemExit : on Ctrl-C or SIGTERM, after the current step was checkpointed
+    """
+    return _run_stage("train", model, data, config, Path(folder), **options)
+
+
+def prune(model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options) -> StageResult:
+    """Pruning (SPEC section 7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
+    if config.pruner == "none":
+        raise StudyError("pruner 'none' prunes nothing; choose V1, V2 or V3, or call train")
+    return _run_stage("prune", model, data, config, Path(folder), **options)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"device {device!r} cannot be used ({reason}); give auto, cpu or cuda") from error
+
+
+def _run_stage(
+    stage: str,
+    model: nn.Module,
+    data: ImageData,
+    config: StageConfig,
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool | Progress = True,
+) -> StageResult:
+    with lock_folder(folder):
+        run = _Stage(stage, model, data, config, folder, seed, resolve_device(device))
+        run.resume()
+        with _progress(progress) as show:
+            run.run(show)
+        return run.result()
+
+
+class _Stage:
+    """The loop over epochs, and everything it must not lose."""
+
+    def __init__(self, stage, model, data, config, folder, seed, device):
+        if data.num_classes != model.config["num_classes"]:
+            raise StudyError(
+                f"the data have {data.num_classes} classes, the network {model.config['num_classes']}; "
+                "build it with num_classes of the data"
+            )
+        self.stage, self.config, self.folder, self.seed, self.device = stage, config, folder, seed, device
+        self.path = folder / CHECKPOINT
+        self.identity = {
+            "stage": stage,
+            "seed": seed,
+            "config": _recipe(config),
+            "data": data.fingerprint,
+            "network": model.config,
+            "start": _fingerprint(model),
+        }
+        self.shell = copy.deepcopy(model).cpu()  # FP32, for the result
+        self.images = data.train_images.to(device)
+        self.labels = data.train_labels.to(device)
+        self.test_images = data.test_images.to(device)
+        self.test_labels = data.test_labels.to(device)
+        self.steps = len(self.images) // config.batch_size
+        if self.steps == 0:
+            raise StudyError(
+                f"batch_size {config.batch_size} is more than the {len(self.images)} training images; make it smaller"
+            )
+        self.learner = Learner(model.to(device), config)
+        self.history: list[dict] = []
+        self.epoch = 0
+        self.step = 0
+        self.losses = torch.zeros(self.steps, dtype=torch.float64)
+        self.resumed = False
+
+    # -- what is kept ------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        found = latest_checkpoint(self.path)
+        if found is None:
+            self._log(f"start: {json.dumps(self.identity)}")
+            return
+        tensors, info = found
+        for key, own in self.identity.items():
+            if info["identity"][key] != own:
+                raise StudyError(
+                    f"{self.folder} holds another run ({_difference(key, info['identity'][key], own)}); "
+                    "give another folder or RUN, or remove this one"
+                )
+        self.learner.load(tensors, info["learner"])
+        self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
+        self.losses[: self.step] = torch.tensor(info["losses"], dtype=torch.float64)
+        self.resumed = self.step > 0
+        if self.epoch < self.config.epochs:
+            self._log(f"resume at epoch {self.epoch}, step {self.step}")
+
+    def save(self) -> None:
+        tensors, numbers = self.learner.state()
+        info = {
+            "identity": self.identity,
+            "network": self.identity["network"],
+            "stage": self.stage,
+            "opt_level": self.config.opt_level,
+            "epoch": self.epoch,
+            "step": self.step,
+            "losses": self.losses[: self.step].tolist(),
+            "history": self.history,
+            "learner": numbers,
+        }
+        save_checkpoint(self.path, tensors, info)
+
+    def _log(self, line: str) -> None:
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        try:
+            with (self.folder / "log.txt").open("a") as log:
+                log.write(f"{now} {self.stage}: {line}\n")
+        except OSError as error:
+            raise write_fault(self.folder / "log.txt", error) from error
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    def run(self, show: Progress) -> None:
+        if self.epoch >= self.config.epochs and self.path.exists():
+            return
+        with _StopSignals() as stop, self._events() as events:
+            while self.epoch < self.config.epochs:
+                started = time.perf_counter()
+                self._run_epoch(show, stop)
+                row = self._finish_epoch()
+                seconds = time.perf_counter() - started
+                self._log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
+                for name, value in row.items():
+                    if name != "epoch" and math.isfinite(value):
+                        events.add_scalar(name, value, row["epoch"])
+                events.add_scalar("seconds", seconds, row["epoch"])
+                if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
+                    self.save()
+                    self._write_tables()
+                self._leave_if_asked(stop)
+        if not self.path.exists():  # a stage of 0 epochs still ends with its network on disk
+            self.save()
+            self._write_tables()
+
+    def _run_epoch(self, show: Progress, stop: _StopSignals) -> None:
+        config, learner = self.config, self.learner
+        cutmix_on = config.cutmix_until is None or self.epoch < config.cutmix_until
+        plan = draw_epoch_plan(
+            len(self.images),
+            config.batch_size,
+            seed=self.seed,
+            stage=self.stage,
+            epoch=self.epoch,
+            cutmix_probability=config.cutmix_probability if cutmix_on else 0.0,
+            augment=config.augment,
+        ).to(self.device)
+        learner.begin_epoch(self.epoch, resumed=self.resumed)
+        self.resumed = False
+        text = f"{self.stage} epoch {self.epoch + 1}/{config.epochs}"
+        done, total = self.epoch * self.steps, config.epochs * self.steps
+        while self.step < self.steps:
+            step_plan = plan.step(self.step)
+            if config.schedule == "one-cycle":
+                learner.set_rate(learning_rate(config, self.epoch, self.step / self.steps))
+            loss = learner.step(self.images, self.labels, step_plan)
+            self.losses[self.step] = loss.item()
+            if not math.isfinite(self.losses[self.step]):
+                self._refuse_loss(step_plan)
+            self.step += 1
+            show(done + self.step, total, f"{text}, loss {self.losses[self.step - 1]:.3f}")
+            if stop.received:
+                self._leave_if_asked(stop)
+
+    def _finish_epoch(self) -> dict:
+        config, learner = self.config, self.learner
+        scale = learner.loss_scale()
+        if scale < MIN_LOSS_SCALE:
+            raise StudyError(
+                f"epoch {self.epoch}: the loss scale fell to {scale:g}, every step overflows; "
+                f"lower lr {config.lr} or train at O0 (the last good checkpoint is kept)"
+            )
+        row = {
+            "epoch": self.epoch,
+            "lr": learning_rate(config, self.epoch),
+            "alpha": alpha_of_epoch(config, self.epoch),
+            "train_loss": self.losses.mean().item(),
+            "zeros_ternary": learner.zeros(),
+            "loss_scale": scale,
+        }
+        reached = learner.pruner.group_sparsity()
+        for group, sparsity in reached.items():
+            row[f"target_{group}"] = cubic_sparsity(self.epoch, GROUPS[group][1], config.ramp_epochs)
+            row[f"sparsity_{group}"] = sparsity
+        last = self.epoch + 1 == config.epochs
+        tested = last or (self.epoch + 1) % config.evaluate_every == 0
+        measured = self._evaluate() if tested else dict.fromkeys(("top1", "top5", "loss"), math.nan)
+        row.update({f"test_{name}": value for name, value in measured.items()})
+        self.history.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        return row
+
+    def _evaluate(self) -> dict[str, float]:
+        return accuracy(class_scores(self.learner.model, self.test_images), self.test_labels)
+
+    def _refuse_loss(self, step_plan) -> None:
+        inputs = augment(self.images[step_plan.order], step_plan)
+        layer = first_bad_layer(self.learner.model, inputs)
+        message = (
+            f"{self.stage} stopped: loss {self.losses[self.step]} at epoch {self.epoch}, step {self.step}, "
+            f"first bad layer {layer}; lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
+        )
+        self._log(message)
+        raise StudyError(message)
+
+    def _leave_if_asked(self, stop: _StopSignals) -> None:
+        if not stop.received:
+            return
+        if self.step == self.steps:  # the epoch's last step is done: its end must not be lost
+            self._finish_epoch()
+        self.save()
+        self._write_tables()
+        self._log(f"stopped by {signal.Signals(stop.received).name} at epoch {self.epoch}, step {self.step}")
+        if stop.received == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(f"{self.stage} checkpointed at epoch {self.epoch}, step {self.step}")
+
+    # -- what is shown -----------------------------------------------------------------------
+
+    def _events(self):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a stage needs it
+
+        return contextlib.closing(SummaryWriter(self.folder, purge_step=self.epoch))
+
+    def _write_tables(self) -> None:
+        text = io.StringIO()
+        if self.history:
+            writer = csv.DictWriter(text, self.history[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+        atomic_write(self.folder / "history.csv", text.getvalue())
+        if self.epoch >= self.config.epochs:
+            atomic_write(self.folder / "metrics.json", json.dumps(self._metrics(), indent=1) + "\n")
+
+    def _metrics(self) -> dict[str, float]:
+        if not self.history:
+            return {}
+        return {name: self.history[-1][f"test_{name}"] for name in ("top1", "top5", "loss")}
+
+    def result(self) -> StageResult:
+        self._write_tables()
+        state = {name: tensor.cpu() for name, tensor in self.learner.masters.state_dict().items()}
+        self.shell.load_state_dict(state)
+        if self.history:
+            for name, module in self.shell.named_modules():
+                if hasattr(module, "alpha"):
+                    module.alpha = self.learner.model.get_submodule(name).alpha
+        return StageResult(self.shell.eval(), pd.DataFrame(self.history), self._metrics(), self.path)
+
+
+class _StopSignals:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two steps."""
+
+    def __init__(self):
+        self.received = 0
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread: signals go to whoever is
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+
+
+@contextlib.contextmanager
+def _progress(progress: bool | Progress):
+    if callable(progress):
+        yield progress
+        return
+    with tqdm(disable=not progress, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int, text: str) -> None:
+            if bar.total != total:
+                bar.total, bar.initial, bar.n = total, done, done
+            bar.set_description(text, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _recipe(config: StageConfig) -> dict:
+    """What of a stage's configuration its past depends on: a run may be continued for more epochs."""
+    recipe = json.loads(json.dumps(dataclasses.asdict(config)))
+    del recipe["checkpoint_every"]
+    if config.schedule == "step":
+        del recipe["epochs"]
+    return recipe
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor):
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _difference(key: str, theirs, own) -> str:
+    if isinstance(own, dict) and isinstance(theirs, dict):
+        for name in own:
+            if theirs.get(name) != own[name]:
+                return f"{name} {theirs.get(name)!r} there, {own[name]!r} now"
+    return f"{key} {theirs!r} there, {own!r} now"
+
+
+def _summary(row: dict) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")

@@ -1,0 +1,138 @@
+"""Ternary 1x1 convolutions (after arXiv:1802.08530; SPEC section 3).
+
+A weight tensor W is replaced by T in {-1, 0, +1} and one scale. The float W is kept and
+trained: its gradient is the one of T, passed straight through.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import StudyError
+
+# The published threshold in standard deviations. Phi^-1(0.75) = 0.67449 would make half of a
+# normal tensor zero; the schedule climbs to that, the constant afterwards is the published 0.67749.
+ALPHA = 0.67749
+ALPHA_RAMP_END = 0.67449
+
+WEIGHTS = ("ternary", "binary", "float")
+
+
+def ternarize(weight: Tensor, alpha: float = ALPHA) -> Tensor:
+    """T = sign(Z) where |Z| > alpha else 0, with Z = (W - mean W) / std W (unbiased).
+
+    Parameters
+    ----------
+    weight : Tensor, any shape, floating point
+    alpha : float >= 0, in standard deviations of ``weight``
+
+    Returns
+    -------
+    Tensor of the same shape in {-1, 0, +1}, float32 (float64 for a float64 weight).
+    A constant tensor has no spread to threshold, so all of it becomes 0.
+    """
+    deviation, std, spread = _deviation(weight)
+    return (deviation.sign() * (deviation.abs() > alpha * std)).mul_(spread)
+
+
+def binarize(weight: Tensor) -> Tensor:
+    """T = +1 where W >= mean W, else -1: ternary with alpha = 0 and no zero left."""
+    deviation, _, _ = _deviation(weight)
+    return torch.where(deviation >= 0, 1.0, -1.0).to(deviation.dtype)
+
+
+def _deviation(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    std = weight.std() if weight.numel() > 1 else weight.new_zeros(())
+    # Below this the "spread" of a constant tensor is only the rounding of its mean.
+    spread = std > 4 * torch.finfo(weight.dtype).eps * weight.abs().amax()
+    return weight - weight.mean(), std, spread
+
+
+def ternary_scale(signs: Tensor) -> Tensor:
+    """sqrt(M) = sqrt(2 / (in_ch*k*k) * numel / nonzeros) of a kernel (out, in, k, k) of signs.
+
+    With no non-zero weight the scale is that of one: the layer's output is 0 all the same.
+    """
+    fan_in = math.prod(signs.shape[1:])
+    # An integer count divides to FP32 at most; FP64 signs keep an FP64 scale.
+    nonzeros = signs.count_nonzero().clamp(min=1).to(torch.promote_types(signs.dtype, torch.float32))
+    return (2.0 / fan_in * signs.numel() / nonzeros).sqrt().to(signs.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: scale * T. Backward: the gradient of T, given to W unchanged."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return (signs * scale).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        # The layer is scale * conv(x, T), so dL/dT is the folded kernel's gradient times scale.
+        return grad * ctx.scale.to(grad.dtype), None, None
+
+
+class TernaryConv2d(nn.Conv2d):
+    """A bias-free convolution that computes sqrt(M) * conv(x, T).
+
+    In training the scale is folded into the kernel (one pass over the small tensor); in eval
+    mode it multiplies the output, as the score counts it.
+
+    Attributes: ``alpha`` (float), ``weights`` ("ternary" or "binary").
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, *, weights: str, alpha: float):
+        super().__init__(in_channels, out_channels, kernel_size, bias=False)
+        if weights not in WEIGHTS[:2]:
+            raise StudyError(f"weights {weights!r} is not one of {', '.join(WEIGHTS[:2])}")
+        self.weights = weights
+        self.alpha = alpha
+
+    def signs(self) -> Tensor:
+        """T, of the kernel's shape, without gradient."""
+        return binarize(self.weight) if self.weights == "binary" else ternarize(self.weight, self.alpha)
+
+    def folded_kernel(self) -> Tensor:
+        """sqrt(M) * T with the straight-through gradient, in the weight's dtype."""
+        signs = self.signs()
+        return _StraightThrough.apply(self.weight, signs, ternary_scale(signs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.conv2d(x, self.folded_kernel())
+        signs = self.signs()
+        return F.conv2d(x, signs.to(x.dtype)) * ternary_scale(signs).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weights={self.weights}, alpha={self.alpha}"
+
+
+def ternary_layers(model: nn.Module) -> dict[str, TernaryConv2d]:
+    """All ternary (or binary) convolutions of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TernaryConv2d)}
+
+
+def set_alpha(model: nn.Module, alpha: float) -> None:
+    """Set the threshold of every ternary layer (binary ones ignore it)."""
+    for layer in ternary_layers(model).values():
+        layer.alpha = alpha
+
+
+def freeze_ternary(model: nn.Module) -> None:
+    """Stop the gradients of all ternary weights (pruning stage, SPEC section 6)."""
+    for layer in ternary_layers(model).values():
+        layer.weight.requires_grad_(False)
+
+
+def alpha_schedule(epoch: int, start: int = 20, end: int = 400) -> float:
+    """Alpha of an epoch: 0 before ``start``, linear up to 0.67449 at ``end``, 0.67749 from there on."""
+    if epoch >= end:
+        return ALPHA
+    return max(0.0, (epoch - start) / (end - start)) * ALPHA_RAMP_END

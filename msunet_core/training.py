@@ -1,0 +1,180 @@
+"""One training step and all that it changes (SPEC sections 5 to 8)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .augment import StepPlan, augment
+from .config import StageConfig
+from .cutmix import cutmix_loss
+from .errors import StudyError
+from .precision import BACKOFF_FACTOR, GROWTH_FACTOR, GROWTH_INTERVAL, LOSS_SCALE, MasterWeights
+from .pruning import Pruner
+from .ternary import alpha_schedule, freeze_ternary, set_alpha, ternary_layers
+
+# Below this a dynamic loss scale no longer answers to overflowing gradients but to broken ones.
+MIN_LOSS_SCALE = 2.0**-14
+
+
+def learning_rate(config: StageConfig, epoch: int, part: float = 0.0) -> float:
+    """Learning rate of an epoch (and, for "one-cycle" only, of the part of it that is done)."""
+    if config.schedule == "one-cycle":
+        at = epoch + part
+        if at < config.warmup_epochs:
+            return config.warmup_lr + (config.lr - config.warmup_lr) * at / config.warmup_epochs
+        left = (config.epochs - at) / max(1, config.epochs - config.warmup_epochs)
+        return config.final_lr + (config.lr - config.final_lr) * left
+    if epoch < config.warmup_epochs:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs
+    if config.schedule == "cosine":
+        turn = math.pi * (epoch - config.warmup_epochs) / max(1, config.epochs - config.warmup_epochs)
+        return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(turn)) / 2
+    return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+def alpha_of_epoch(config: StageConfig, epoch: int) -> float:
+    """The fixed alpha of a stage, or the published schedule's."""
+    if config.alpha is not None:
+        return config.alpha
+    return alpha_schedule(epoch, config.alpha_start, config.alpha_end)
+
+
+class Learner:
+    """Network, FP32 masters, SGD, loss scaler and pruner: everything that a step changes.
+
+    Parameters
+    ----------
+    model : FP32 network; brought to ``config.opt_level`` in place
+    config : the stage; O3 is refused, it has no master weights to train
+
+    Nesterov SGD; weight decay only on tensors of two or more dimensions (SPEC section 6).
+    """
+
+    def __init__(self, model: nn.Module, config: StageConfig):
+        if config.opt_level == "O3":
+            raise StudyError("opt_level 'O3' is for testing: it has no FP32 master weights; train at O0, O1 or O2")
+        self.config = config
+        self.model = model
+        if config.freeze_ternary:
+            freeze_ternary(model)
+        self.masters = MasterWeights(model, config.opt_level)
+        parameters = self.masters.parameters
+        decayed = [p for p in parameters.values() if p.ndim > 1]
+        exempt = [p for p in parameters.values() if p.ndim <= 1]
+        self.sgd = torch.optim.SGD(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            fused=True,  # one pass over memory, and it honours the loss scaler without a host synchronisation
+        )
+        device = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(
+            device,
+            init_scale=LOSS_SCALE,
+            growth_interval=GROWTH_INTERVAL,
+            growth_factor=GROWTH_FACTOR,
+            backoff_factor=BACKOFF_FACTOR,
+            enabled=config.opt_level in ("O1", "O2"),
+        )
+        prunable = {**self.masters.frozen, **parameters}
+        self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
+
+    def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:
+        """Set alpha and learning rate; choose this epoch's masks, unless they came with a checkpoint."""
+        set_alpha(self.model, alpha_of_epoch(self.config, epoch))
+        self.set_rate(learning_rate(self.config, epoch))
+        if not resumed:
+            self.pruner.update(epoch)
+            self._mask()
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.sgd.param_groups:
+            group["lr"] = rate
+
+    def step(self, images: Tensor, labels: Tensor, plan: StepPlan) -> Tensor:
+        """Train on one batch; returns the unscaled loss, a detached 0-d FP32 tensor on the device.
+
+        images : uint8 (N, 32, 32, 3), the whole training set; labels : int64 (N,)
+        plan : which of them, and every random choice made for them
+        """
+        inputs = augment(images[plan.order], plan)
+        targets = labels[plan.order]
+        self.model.train()
+        loss = self.loss(inputs, targets, plan)
+        self.scaler.scale(loss).backward()
+        self.masters.take_gradients()
+        self.scaler.step(self.sgd)
+        self.scaler.update()
+        self.sgd.zero_grad(set_to_none=True)
+        self._mask()
+        return loss.detach()
+
+    def loss(self, inputs: Tensor, targets: Tensor, plan: StepPlan) -> Tensor:
+        if plan.use_cutmix:
+            mode = self.config.consistency
+            return cutmix_loss(self.model, inputs, targets, plan.partner, plan.box, plan.lam, mode)[0]
+        return F.cross_entropy(self.model(inputs), targets)
+
+    def _mask(self) -> None:
+        self.pruner.apply()
+        self.masters.publish()
+
+    def zeros(self) -> float:
+        """Share of zeros over all ternary weights, as the network uses them now; 0 with none."""
+        signs = [layer.signs() for layer in ternary_layers(self.model).values()]
+        count = sum(s.numel() for s in signs)
+        return 1.0 - sum(int(s.count_nonzero()) for s in signs) / count if count else 0.0
+
+    def loss_scale(self) -> float:
+        return self.scaler.get_scale()
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors and numbers from which :meth:`load` restores this learner exactly."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.masters.state_dict().items()}
+        for name, parameter in self.masters.parameters.items():
+            momentum = self.sgd.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum/{name}"] = momentum
+        tensors.update({f"mask/{name}": mask for name, mask in self.pruner.masks.items()})
+        return tensors, {"scaler": self.scaler.state_dict()}
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+        self.masters.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model/")})
+        for name, parameter in self.masters.parameters.items():
+            if f"momentum/{name}" in tensors:
+                # In the parameter's own memory layout: the fused step walks both side by side.
+                buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
+                self.sgd.state[parameter]["momentum_buffer"] = buffer.detach().copy_(tensors[f"momentum/{name}"])
+        for name, mask in self.pruner.masks.items():
+            mask.copy_(tensors[f"mask/{name}"])
+        if numbers["scaler"]:
+            self.scaler.load_state_dict(numbers["scaler"])
+
+
+def first_bad_layer(model: nn.Module, inputs: Tensor) -> str:
+    """Name of the first module with a NaN or Inf in its weights or its output for ``inputs``."""
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            return f"{name} (its weights are not finite)"
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(module, args, output):
+            if isinstance(output, Tensor) and not found and not output.isfinite().all():
+                found.append(f"{name} (its output is not finite)")
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if n and not list(m.children())]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "the loss itself"
