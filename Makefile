@@ -7,6 +7,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
+FLAGS := $(filter-out --%,$(firstword -$(MAKEFLAGS)))# the one-letter ones, as -nk
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 # Set here, so that only the command line gives them: DATA or SEED in somebody's environment is not meant for us.
@@ -114,7 +115,7 @@ $(RECORD):
 
 # The targets below make these under the lock of the run folder, in a second make. -n and -q change
 # nothing, so they take no lock.
-DRY := $(findstring n,$(firstword -$(MAKEFLAGS)))$(findstring q,$(firstword -$(MAKEFLAGS)))
+DRY := $(if $(findstring n,$(FLAGS))$(findstring q,$(FLAGS)),yes)
 LOCKED = $(if $(DRY),,$(PY) -m msunet_core.runner lock $(RUN_FOLDER) -- )$(MAKE)
 .PHONY: .reproduce .train .prune .ablations
 .reproduce: $(INDEX)

@@ -264,8 +264,8 @@ def jitter(images: Tensor, blend: Tensor) -> Tensor:
     its gray (torchvision's adjust_brightness, _contrast and _saturation on float images), so that one pass
     applies a different one to each image: the shares of the references that do not apply are 0.
 
-    images : float32 (B, 3, H, W) in [0, 1]; blend : float32 (3, 3, B), see :func:`blend_shares`.
-    Returns the jittered images, new ones.
+    images : float32 (B, 3, H, W) in [0, 1], overwritten: another buffer would fall out of a core's cache.
+    blend : float32 (3, 3, B), see :func:`blend_shares`. Returns ``images``.
     """
     shares = blend[..., None, None]
     for own, of_mean, of_gray in shares.unbind():
@@ -273,5 +273,5 @@ def jitter(images: Tensor, blend: Tensor) -> Tensor:
         gray.add_(images[:, 1], alpha=GRAY[1]).add_(images[:, 2], alpha=GRAY[2])
         mean = gray.mean(dim=(1, 2), keepdim=True)
         reference = gray.mul_(of_gray).add_(mean * of_mean)
-        images = torch.addcmul(reference[:, None], images, own[:, None]).clamp_(0, 1)
+        torch.addcmul(reference[:, None], images, own[:, None], out=images).clamp_(0, 1)
     return images

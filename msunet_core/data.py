@@ -128,15 +128,20 @@ def save_npz(data: ImageData, path: str | os.PathLike) -> None:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 32, 32, 3) -> float32 (B, 3, 32, 32) in channels_last memory, (x / 255 - MEAN) / STD."""
-    return standardise(images.permute(0, 3, 1, 2).float().div_(255))
+    return _standardised(images.permute(0, 3, 1, 2), 255)
 
 
 def standardise(images: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [0, 1] -> (x - MEAN) / STD, the same shape and dtype in channels_last memory."""
-    out = torch.empty_like(images, memory_format=torch.channels_last)
+    """float32 (B, 3, H, W) in [0, 1] -> (x - MEAN) / STD, the same shape in channels_last memory."""
+    return _standardised(images, 1)
+
+
+def _standardised(images: Tensor, white: int) -> Tensor:
+    """(x / white - MEAN) / STD, each plane read and written once; the constants stay on the host."""
+    out = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-        # Numbers, not a tensor of them: nothing to copy to a device, and each plane is read and written once.
-        out[:, channel] = (images[:, channel] - mean) / std
+        offset = torch.tensor(-mean / std)  # 0-d on the CPU: a kernel of any device takes it as a number
+        torch.add(offset, images[:, channel], alpha=1 / (white * std), out=out[:, channel])
     return out
 
 

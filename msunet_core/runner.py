@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -79,11 +78,11 @@ def run_notebook(
         output.unlink(missing_ok=True)
         failed.unlink(missing_ok=True)
         try:
-            _execute(notebook, partial, values)
+            peak_memory = _execute(notebook, partial, values)
         except StudyError as error:
             partial.replace(failed)
             raise StudyError(f"{error} (see {failed})") from error
-        _record(output, began, {**_defaults(notebook), **values})
+        _record(output, began, {**_defaults(notebook), **values}, peak_memory)
         os.utime(partial, ns=(began, began))
         partial.replace(output)
     except OSError as error:
@@ -159,18 +158,25 @@ def check_parameters(parameters: Mapping[str, str]) -> None:
     )
 
 
-def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> None:
-    """Run all cells by papermill; StudyError names the cell that failed."""
+def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> int | None:
+    """Run all cells by papermill; StudyError names the cell that failed.
+
+    Returns the most memory in bytes that the kernel ever held (where the system tells).
+    """
     paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # no debugger, so no advice about it
     name = notebook.stem
+    peaks: list[int] = []
 
     with _forwarded_signals() as (kernel_manager, received):
 
         def stop_if_asked(**_) -> None:
             if received:
                 raise Interrupted(f"{name}: interrupted")
+
+        def note_memory(**_) -> None:
+            peaks.extend(filter(None, map(_peak_memory, kernel_manager.pids())))
 
         try:
             papermill.execute_notebook(
@@ -181,6 +187,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> N
                 language="python",
                 kernel_manager_class=kernel_manager,
                 on_cell_start=stop_if_asked,
+                on_cell_executed=note_memory,
                 progress_bar={"desc": name},
                 stderr_file=sys.stderr,  # the epochs' progress bars
                 cwd=str(ROOT),
@@ -195,6 +202,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> N
             raise StudyError(
                 f"{name}: cell {_running_cell(output)} failed: the kernel died; was the memory enough?"
             ) from error
+    return max(peaks, default=None)
 
 
 @contextlib.contextmanager
@@ -215,12 +223,17 @@ def _forwarded_signals() -> Iterator[tuple[type[AsyncKernelManager], list[int]]]
             launcher = [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file]
             return [*launcher, "--IPKernelApp.log_level=ERROR", *(extra_arguments or [])]
 
+        @staticmethod
+        def pids() -> list[int]:
+            return [
+                kernel.provisioner.pid for kernel in started if kernel.provisioner and kernel.provisioner.pid
+            ]
+
     def forward(number: int, frame) -> None:
         received.append(number)
-        for kernel in started:
-            if kernel.provisioner and kernel.provisioner.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(kernel.provisioner.pid, signal.SIGINT if len(received) == 1 else signal.SIGKILL)
+        for pid in OwnKernel.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGINT if len(received) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -290,7 +303,7 @@ def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 # -- how the run was made ----------------------------------------------------------------------
 
 
-def _record(output: Path, began: int, values: Mapping[str, object]) -> None:
+def _record(output: Path, began: int, values: Mapping[str, object], peak_memory: int | None) -> None:
     """Merge this notebook's entry into provenance.json of its run folder."""
     path = output.parent / "provenance.json"
     try:
@@ -302,7 +315,7 @@ def _record(output: Path, began: int, values: Mapping[str, object]) -> None:
     notebooks[output.stem] = {
         "started": started,
         "wall_seconds": round((time.time_ns() - began) / 1e9, 2),
-        "peak_memory_mb": round(_peak_memory() / 2**20),
+        "peak_memory_mb": peak_memory and round(peak_memory / 2**20),
         "git": git,
     }
     provenance = {
@@ -321,10 +334,13 @@ def _record(output: Path, began: int, values: Mapping[str, object]) -> None:
     atomic_write(path, json.dumps(provenance, indent=1) + "\n")
 
 
-def _peak_memory() -> int:
-    """Bytes that the largest ended child process, which is the kernel, ever had in memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+def _peak_memory(pid: int) -> int | None:
+    """Bytes that a process ever held at once, by Linux's own account (VmHWM); None elsewhere."""
+    # Not getrusage(RUSAGE_CHILDREN): a child counts there with at least the memory of its parent.
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None
 
 
 def hardware() -> dict[str, object]:

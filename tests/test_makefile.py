@@ -38,7 +38,7 @@ case "$3" in
 check)
   [[ "$*" != *BAD* ]] || { echo "refused" >&2; exit 1; } ;;
 lock)
-  shift 5; exec "$@" ;;
+  echo "$4" >> locks; shift 5; exec "$@" ;;
 run)
   name=$(basename "$4" .ipynb)
   echo "$*" >> commands
@@ -114,12 +114,20 @@ def done(checkout):
 
 def test_the_first_run_runs_everything_in_the_order_of_what_needs_what(checkout):
     assert checkout.make("reproduce", "-j4") == ALL
+    assert (checkout.folder / "locks").read_text() == "runs/smoke\n"
 
 
 def test_a_second_run_runs_nothing(done):
     assert done.make("reproduce") == []
-    # Nor does asking what would be run, which is what the words -n and -q are for.
-    assert "runner run" not in done.call("-n", "reproduce").stdout
+
+
+def test_a_dry_run_says_what_would_run_and_does_nothing(done):
+    done.write("notebooks/05_scoring_walkthrough.ipynb", "edited")
+    (done.folder / "locks").unlink()
+    told = done.call("-n", "reproduce").stdout
+    assert re.findall(r"runner run notebooks/(\w+)", told) == ["05_scoring_walkthrough"]
+    assert done.ran() == []
+    assert not (done.folder / "locks").exists()
 
 
 @pytest.mark.parametrize(
@@ -386,7 +394,8 @@ def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout)
     assert first.returncode == 0, err
     assert second.returncode != 0
     assert re.match(
-        r"runs/smoke is in use by process \d+ since .* \(make reproduce SEED=3 .*\)", second.stderr
+        r"runs/smoke is in use by process \d+ since .* \(make reproduce .*SEED=3.*\); wait for it",
+        second.stderr,
     ), second.stderr
 
     run = checkout.folder / "runs" / "smoke"
@@ -395,7 +404,7 @@ def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout)
     assert shown == sorted([*pages, "index.html", "provenance.json"])
     index = (run / "index.html").read_text()
     assert all(f'href="{name}.html"' in index for name in NOTEBOOKS)
-    assert "make reproduce SEED=3" in index
+    assert "make reproduce" in index and "SEED=3" in index
     assert "smoke 3" in (run / "06_ablations.html").read_text()
 
     again = checkout.call("reproduce", "SEED=3", PYTHON=sys.executable)

@@ -62,7 +62,7 @@ def printed(path: Path) -> str:
 def test_a_notebook_runs_with_its_parameters_and_the_run_is_written_down(notebook, output, monkeypatch):
     monkeypatch.setenv("MSUNET_COMMAND", "make reproduce SEED=7")
     path = notebook(
-        "import os\nprint(repr(SEED), repr(DATA), repr(OVERRIDES), os.getcwd())",
+        "import os\nballast = bytearray(300 * 2**20)\nprint(repr(SEED), repr(DATA), repr(OVERRIDES), os.getcwd())",
         # An edit made while the notebook runs must be newer than its result, or Make would miss it.
         f"open({str(output.parent.parent / 'edited.py')!r}, 'w').close()",
     )
@@ -81,7 +81,8 @@ def test_a_notebook_runs_with_its_parameters_and_the_run_is_written_down(noteboo
     assert set(made["git"] or {"commit", "clean"}) == {"commit", "clean"}
     entry = made["notebooks"]["05_walk"]
     assert 0 < entry["wall_seconds"] < 120
-    assert 20 < entry["peak_memory_mb"] < 4096
+    # The ballast and a bare Python: not the memory of the runner, which has torch loaded.
+    assert 300 < entry["peak_memory_mb"] < 450
 
 
 def test_a_failing_cell_is_named_and_leaves_no_target(notebook, output):
