@@ -14,36 +14,41 @@ from .precision import OPT_LEVELS
 from .stages import CHECKPOINT, resolve_device
 from .study import new_network
 
+SOURCES_HELP = "synthetic, cifar100, an .npz or a folder"
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m msunet_core", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="{data,train,prune,validate,score}")
 
     choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("--profile", default="smoke", help=f"{', '.join(profile_names())}, or a .yaml file (default smoke)")
+    known = ", ".join(profile_names())
+    choice.add_argument("--profile", default="smoke", help=f"{known}, or a .yaml file (default smoke)")
     choice.add_argument("--variant", help="v1, v2 or v3 (default: the profile's)")
-    choice.add_argument("--data", metavar="SOURCE", help="synthetic, cifar100, an .npz or a folder (default: the profile's)")
+    choice.add_argument("--data", metavar="SOURCE", help=f"{SOURCES_HELP} (default: the profile's)")
     choice.add_argument("--limit", type=int, help="keep the first N images of each class and split")
     choice.add_argument("--seed", type=int, help="of every random choice (default: the profile's)")
     choice.add_argument("--device", help="auto, cpu, cuda, ... (default: the profile's)")
-    choice.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="override, such as train.epochs=3")
+    choice.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="such as train.epochs=3")
 
-    data = commands.add_parser("data", parents=[choice], help="load, check and describe a data set; --out writes it as .npz")
+    data = commands.add_parser("data", parents=[choice], help="load, check and describe a data set")
     data.add_argument("--out", type=Path, help="write the images to this .npz")
     data.set_defaults(run=run_data)
 
-    training = commands.add_parser("train", parents=[choice], help="ternary training; goes on where it was stopped")
+    training = commands.add_parser("train", parents=[choice], help="train; goes on where it was stopped")
     training.add_argument("--out", type=Path, required=True, help="folder of the stage")
     training.set_defaults(run=run_train)
 
-    pruning = commands.add_parser("prune", parents=[choice], help="prune a trained network; goes on where it was stopped")
-    pruning.add_argument("--checkpoint", type=Path, required=True, help="of the training stage (file, or its folder)")
+    pruning = commands.add_parser("prune", parents=[choice], help="prune; goes on where it was stopped")
+    pruning.add_argument(
+        "--checkpoint", type=Path, required=True, help="file or folder of the training stage"
+    )
     pruning.add_argument("--out", type=Path, required=True, help="folder of the stage")
     pruning.set_defaults(run=run_prune)
 
     validating = commands.add_parser("validate", help="top-1, top-5 and loss of a checkpoint on test images")
     validating.add_argument("checkpoint", type=Path, help="published *.pth.tar or the study's own")
-    validating.add_argument("--data", required=True, metavar="SOURCE", help="synthetic, cifar100, an .npz or a folder")
+    validating.add_argument("--data", required=True, metavar="SOURCE", help=SOURCES_HELP)
     validating.add_argument("--limit", type=int, help="first N test images of each class")
     validating.add_argument("--device", default="auto")
     validating.set_defaults(run=run_validate)
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"stopped: {stopped or 'by Ctrl-C'}; the same command goes on from there", file=sys.stderr)
+        print(f"stopped: {str(stopped) or 'by Ctrl-C'}; the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head
         sys.stderr.close()
@@ -79,7 +84,8 @@ def run_data(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
     data = _data(profile)
     print(f"{profile.data.source}: {len(data.train_images)} training and {len(data.test_images)} test images")
-    print(f"{data.num_classes} classes: {', '.join(data.class_names[:8])}{', ...' if data.num_classes > 8 else ''}")
+    more = ", ..." if data.num_classes > 8 else ""
+    print(f"{data.num_classes} classes: {', '.join(data.class_names[:8])}{more}")
     print(f"fingerprint {data.fingerprint}")
     if arguments.out:
         save_npz(data, arguments.out)
@@ -89,7 +95,8 @@ def run_data(arguments: argparse.Namespace) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
     data = _data(profile)
-    _tell(train(new_network(profile, data.num_classes), data, profile.train, arguments.out, seed=profile.seed, device=profile.device))
+    model = new_network(profile, data.num_classes)
+    _tell(train(model, data, profile.train, arguments.out, seed=profile.seed, device=profile.device))
 
 
 def run_prune(arguments: argparse.Namespace) -> None:
@@ -106,7 +113,9 @@ def run_validate(arguments: argparse.Namespace) -> None:
     data = load_data(arguments.data, limit=arguments.limit)
     classes = model.config["num_classes"]
     if data.num_classes != classes:
-        raise StudyError(f"the data have {data.num_classes} classes, the network {classes}; give the data it was trained on")
+        raise StudyError(
+            f"the data have {data.num_classes} classes, the network {classes}; give the data of its training"
+        )
     print(f"{arguments.checkpoint}: {len(data.test_images)} test images of {arguments.data}")
     print(f"{'level':6}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}")
     for level in arguments.opt_level:

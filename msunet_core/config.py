@@ -69,6 +69,7 @@ class StageConfig:
     ramp_epochs: int = RAMP_EPOCHS
     checkpoint_every: int = 1
     evaluate_every: int = 1
+    deterministic: bool = False  # on a GPU: the same bits each time, slower; a CPU always repeats
 
     def __post_init__(self):
         for name, low, high in (
@@ -76,6 +77,9 @@ class StageConfig:
             ("batch_size", 1, 65_536),
             ("lr", 0, 100),
             ("gamma", 0, 1),
+            ("warmup_epochs", 0, 100_000),
+            ("warmup_lr", 0, 100),
+            ("final_lr", 0, 100),
             ("momentum", 0, 1),
             ("weight_decay", 0, 1),
             ("cutmix_probability", 0, 1),
@@ -95,6 +99,8 @@ class StageConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise StudyError(f"alpha {self.alpha!r} is not a number >= 0; 0.67749 is the published threshold")
         if not 0 <= self.alpha_start <= self.alpha_end:
             raise StudyError(f"alpha_start {self.alpha_start} is not in 0 .. alpha_end {self.alpha_end}")
 
@@ -120,6 +126,8 @@ class Profile:
     expect: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise StudyError(f"seed {self.seed} is outside 0 .. {2**63 - 1}; choose another")
         for name, choices in (("variant", VARIANTS), ("weights", WEIGHTS)):
             value = getattr(self.network, name)
             if value not in choices:
@@ -154,18 +162,19 @@ def load_profile(
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     if not path.is_file():
-        raise StudyError(f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file")
+        raise StudyError(
+            f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
+        )
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise StudyError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
-    if not isinstance(tree, dict):
-        raise StudyError(f"{path} holds {type(tree).__name__}, not a mapping of profile fields; correct it")
-    per_variant = tree.pop("variants", {})
-    variant = variant or tree.get("network", {}).get("variant", "v3")
+    tree = _mapping(tree, str(path))
+    variants = _mapping(tree.pop("variants", None), f"{path}: variants")
+    variant = variant or _mapping(tree.get("network"), f"{path}: network").get("variant", "v3")
     if variant not in VARIANTS:
         raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
-    tree = _merge(tree, per_variant.get(variant, {}))
+    tree = _merge(tree, _mapping(variants.get(variant), f"{path}: variants.{variant}"))
     tree = _merge(tree, {"name": path.stem, "network": {"variant": variant}})
     tree = _merge(tree, {"seed": seed, "device": device}, skip_none=True)
     tree = _merge(tree, {"data": {"source": data, "limit": limit}}, skip_none=True)
@@ -173,7 +182,12 @@ def load_profile(
         key, equals, text = override.partition("=")
         if not equals:
             raise StudyError(f"override {override!r} has no '='; write it as train.epochs=3")
-        value: object = yaml.safe_load(text)
+        try:
+            value: object = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise StudyError(
+                f"override {override!r} has a value that is not YAML; correct {text!r}"
+            ) from error
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)
@@ -183,7 +197,15 @@ def load_profile(
 
 
 def _is_own_data(tree: dict) -> bool:
-    return tree.get("data", {}).get("source", "synthetic") == "synthetic"
+    return _mapping(tree.get("data"), "data").get("source", "synthetic") == "synthetic"
+
+
+def _mapping(value: object, where: str) -> dict:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise StudyError(f"{where} is {value!r:.60}, not a mapping of fields; correct it")
+    return value
 
 
 def _merge(base: dict, over: dict, skip_none: bool = False) -> dict:
@@ -197,8 +219,7 @@ def _merge(base: dict, over: dict, skip_none: bool = False) -> dict:
 
 
 def _build(cls: type, tree: object, where: str):
-    if not isinstance(tree, dict):
-        raise StudyError(f"{where.rstrip('.') or 'profile'} is {tree!r}, not a mapping of fields")
+    tree = _mapping(tree, where.rstrip(".") or "profile")
     kinds = typing.get_type_hints(cls)
     for name in tree:
         if name not in kinds:
@@ -216,7 +237,9 @@ def _value(kind, value, where: str):
     origin = typing.get_origin(kind)
     try:
         if origin is tuple:
-            return tuple(int(v) for v in value)
+            if not isinstance(value, (list, tuple)):
+                raise TypeError
+            return tuple(_value(int, v, where) for v in value)
         if origin is dict:
             return {k: [float(low), float(high)] for k, (low, high) in value.items()}
         if kind is bool:
@@ -230,6 +253,8 @@ def _value(kind, value, where: str):
         if kind is float and isinstance(value, bool):
             raise TypeError
         return kind(value)
-    except (TypeError, ValueError):
+    except StudyError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError):
         expected = getattr(origin or kind, "__name__", str(kind))
         raise StudyError(f"parameter {where} is {value!r}, not of type {expected}; correct it") from None

@@ -157,9 +157,10 @@ def _first_of_each_class(labels: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _load_path(name: str) -> dict[str, np.ndarray]:
-    path = Path(name).expanduser()
+    expanded = os.path.expanduser(name)
+    path = Path(expanded)
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(expanded).st_mode  # not path.stat(): Path("") is the current folder
     except (OSError, ValueError):  # ValueError: a null byte in the name
         if path.suffix or len(path.parts) > 1:
             raise StudyError(
@@ -183,7 +184,7 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
             present = {entry.removesuffix(".npy") for entry in archive.namelist()}
             missing = [name for name in ARRAYS if name not in present]
             if missing:
-                seen = ", ".join(sorted(present)) or "none"
+                seen = ascii(", ".join(sorted(present)))[:200]  # names of a stranger: one line, not for ever
                 raise StudyError(
                     f"{path} has no array {', '.join(missing)} (it has {seen}); "
                     f"an .npz of the study holds {', '.join(ARRAYS)}"
@@ -221,9 +222,8 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 f"{min(held, possible)}; copy or make it again"
             )
     with archive.open(entry) as stream:
-        array = np.lib.format.read_array(stream, allow_pickle=False)
-        stream.read()  # to the very end, where zipfile compares the checksum
-    return array
+        # Reads the entry to its last byte (the sizes agree), where zipfile compares the checksum.
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _load_folder(path: Path) -> dict[str, np.ndarray]:

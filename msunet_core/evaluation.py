@@ -12,9 +12,13 @@ from .data import normalise
 from .errors import StudyError
 from .precision import apply_opt_level
 
+BATCH_SIZE = 250  # images at once: 10,000 test images in whole batches, and small enough for a core's cache
+
 
 @torch.no_grad()
-def class_scores(model: nn.Module, images: Tensor, opt_level: str | None = None, *, batch_size: int = 250) -> Tensor:
+def class_scores(
+    model: nn.Module, images: Tensor, opt_level: str | None = None, *, batch_size: int = BATCH_SIZE
+) -> Tensor:
     """Class scores of uint8 images in eval mode.
 
     Parameters
@@ -33,7 +37,9 @@ def class_scores(model: nn.Module, images: Tensor, opt_level: str | None = None,
     was_training = model.training
     model.eval()
     try:
-        parts = [model(normalise(batch.to(device))).float() for batch in torch.as_tensor(images).split(batch_size)]
+        parts = [
+            model(normalise(batch.to(device))).float() for batch in torch.as_tensor(images).split(batch_size)
+        ]
     finally:
         model.train(was_training)
     return torch.cat(parts)
@@ -45,7 +51,7 @@ def evaluate(
     labels: Tensor,
     opt_level: str | None = "O0",
     *,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
 ) -> dict[str, float]:
     """Accuracy and loss of a network on uint8 images.
 
@@ -61,11 +67,13 @@ def evaluate(
 
     Raises
     ------
-    StudyError : no image, or as many labels as images are not given
+    StudyError : no image, or as many labels as images are not given, or scores are not finite
     """
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels).long()
     if len(images) == 0 or len(images) != len(labels):
-        raise StudyError(f"{len(images)} images and {len(labels)} labels; give one label for each of 1 or more images")
+        raise StudyError(
+            f"{len(images)} images and {len(labels)} labels; give one label for each of 1 or more images"
+        )
     return accuracy(class_scores(model, images, opt_level, batch_size=batch_size), labels)
 
 
@@ -75,12 +83,18 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     Scores that are not finite raise StudyError: they have no rank.
     """
     labels = labels.to(scores.device)
+    if labels.amin() < 0 or labels.amax() >= scores.shape[1]:
+        raise StudyError(
+            f"labels {labels.amin().item()} .. {labels.amax().item()} do not fit {scores.shape[1]} classes; "
+            "give the data that the network was trained on"
+        )
     if not scores.isfinite().all():
-        raise StudyError("class scores are not finite (NaN or Inf): the network is broken; evaluate another checkpoint")
-    # A rank, not topk: equal scores count in class order, on each machine, and a constant network gets 1 %.
+        raise StudyError(
+            "class scores are not finite (NaN or Inf): the network is broken; evaluate another checkpoint"
+        )
+    # A rank, not topk: a class that others equal comes after them, so whoever cannot tell is not right.
     own = scores.gather(1, labels[:, None])
-    earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
-    rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+    rank = (scores >= own).sum(1) - 1
     return {
         "top1": 100.0 * (rank < 1).double().mean().item(),
         "top5": 100.0 * (rank < 5).double().mean().item(),

@@ -15,7 +15,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,10 +33,19 @@ from .checkpoint import latest_checkpoint, save_checkpoint
 from .config import StageConfig
 from .data import ImageData
 from .errors import StudyError
-from .evaluation import accuracy, class_scores
+from .evaluation import BATCH_SIZE, accuracy, class_scores
 from .files import atomic_write, lock_folder, write_fault
 from .pruning import GROUPS, cubic_sparsity
-from .training import MIN_LOSS_SCALE, Learner, alpha_of_epoch, first_bad_layer, learning_rate
+from .ternary import set_alpha
+from .training import (
+    MIN_LOSS_SCALE,
+    Learner,
+    alpha_of_epoch,
+    deterministic,
+    first_bad_layer,
+    first_bad_tensor,
+    learning_rate,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
@@ -46,7 +57,8 @@ class StageResult:
 
     model : FP32 network in eval mode (of an O2 stage: its masters), masks applied
     history : DataFrame, a row an epoch
-    metrics : ``top1``, ``top5`` (percent) and ``loss`` on the test images after the last epoch, at the stage's opt level
+    metrics : ``top1``, ``top5`` (percent) and ``loss`` on the test images after the last epoch, at the
+        stage's opt level
     checkpoint : path of the last checkpoint
     """
 
@@ -56,7 +68,9 @@ class StageResult:
     checkpoint: Path
 
 
-def train(model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options) -> StageResult:
+def train(
+    model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
+) -> StageResult:
     """Ternary training (SPEC section 6), in ``folder``; goes on where a checkpoint there stopped.
 
     Parameters
@@ -64,7 +78,8 @@ def train(model: nn.Module, data: ImageData, config: StageConfig, folder: str | 
     model : FP32 network; trained in place
     data : images and labels; the test half is only looked at, it chooses nothing
     config : the recipe
-    folder : gets ``checkpoint.safetensors``, ``history.csv``, ``metrics.json``, ``log.txt`` and TensorBoard events
+    folder : gets ``checkpoint.safetensors``, ``history.csv``, ``metrics.json``, ``log.txt`` and events for
+        TensorBoard
     seed : int, of every random choice (default 0)
     device : "auto", "cpu", "cuda", ...
     progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
@@ -77,7 +92,9 @@ def train(model: nn.Module, data: ImageData, config: StageConfig, folder: str | 
     return _run_stage("train", model, data, config, Path(folder), **options)
 
 
-def prune(model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options) -> StageResult:
+def prune(
+    model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
+) -> StageResult:
     """Pruning (SPEC section 7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
     if config.pruner == "none":
         raise StudyError("pruner 'none' prunes nothing; choose V1, V2 or V3, or call train")
@@ -85,7 +102,7 @@ def prune(model: nn.Module, data: ImageData, config: StageConfig, folder: str | 
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU."""
+    """The device of a name; "auto" is CUDA where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,8 +124,10 @@ def _run_stage(
     device: str = "auto",
     progress: bool | Progress = True,
 ) -> StageResult:
-    with lock_folder(folder):
-        run = _Stage(stage, model, data, config, folder, seed, resolve_device(device))
+    device = resolve_device(device)
+    exact = deterministic(device) if config.deterministic else contextlib.nullcontext()
+    with lock_folder(folder), exact:
+        run = _Stage(stage, model, data, config, folder, seed, device)
         run.resume()
         with _progress(progress) as show:
             run.run(show)
@@ -142,7 +161,8 @@ class _Stage:
         self.steps = len(self.images) // config.batch_size
         if self.steps == 0:
             raise StudyError(
-                f"batch_size {config.batch_size} is more than the {len(self.images)} training images; make it smaller"
+                f"batch_size {config.batch_size} is more than the {len(self.images)} training images; "
+                "make it smaller"
             )
         self.learner = Learner(model.to(device), config)
         self.history: list[dict] = []
@@ -159,24 +179,45 @@ class _Stage:
             self._log(f"start: {json.dumps(self.identity)}")
             return
         tensors, info = found
+        theirs = info.get("identity", {})
         for key, own in self.identity.items():
-            if info["identity"][key] != own:
+            if theirs.get(key) != own:
                 raise StudyError(
-                    f"{self.folder} holds another run ({_difference(key, info['identity'][key], own)}); "
+                    f"{self.folder} holds another run ({_difference(key, theirs.get(key), own)}); "
                     "give another folder or RUN, or remove this one"
                 )
+        if info["epoch"] + (info["step"] > 0) > self.config.epochs:
+            raise StudyError(
+                f"{self.folder} holds {info['epoch']} epochs and {info['step']} steps, more than epochs "
+                f"{self.config.epochs}; raise epochs or give another folder or RUN"
+            )
         self.learner.load(tensors, info["learner"])
         self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
         self.losses[: self.step] = torch.tensor(info["losses"], dtype=torch.float64)
         self.resumed = self.step > 0
+        set_alpha(self.learner.model, self._alpha())
         if self.epoch < self.config.epochs:
             self._log(f"resume at epoch {self.epoch}, step {self.step}")
 
+    def _alpha(self) -> float:
+        """The alpha that the weights now were last trained with."""
+        return alpha_of_epoch(self.config, self.epoch if self.step else max(0, self.epoch - 1))
+
+    def _network(self) -> dict:
+        """Arguments of build_msunet that make the network as it is now."""
+        network = self.identity["network"]
+        return {**network, "alpha": self._alpha()} if self.epoch or self.step else network
+
     def save(self) -> None:
         tensors, numbers = self.learner.state()
+        if bad := first_bad_tensor(tensors):
+            raise StudyError(
+                f"{self.stage} stopped: {bad} is not finite at epoch {self.epoch}, step {self.step}; "
+                f"lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
+            )
         info = {
             "identity": self.identity,
-            "network": self.identity["network"],
+            "network": self._network(),
             "stage": self.stage,
             "opt_level": self.config.opt_level,
             "epoch": self.epoch,
@@ -204,13 +245,10 @@ class _Stage:
             while self.epoch < self.config.epochs:
                 started = time.perf_counter()
                 self._run_epoch(show, stop)
-                row = self._finish_epoch()
+                row = self._finish_epoch(stop)
                 seconds = time.perf_counter() - started
                 self._log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
-                for name, value in row.items():
-                    if name != "epoch" and math.isfinite(value):
-                        events.add_scalar(name, value, row["epoch"])
-                events.add_scalar("seconds", seconds, row["epoch"])
+                events.add(row["epoch"], {**row, "seconds": seconds})
                 if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
                     self.save()
                     self._write_tables()
@@ -245,10 +283,9 @@ class _Stage:
                 self._refuse_loss(step_plan)
             self.step += 1
             show(done + self.step, total, f"{text}, loss {self.losses[self.step - 1]:.3f}")
-            if stop.received:
-                self._leave_if_asked(stop)
+            self._leave_if_asked(stop)
 
-    def _finish_epoch(self) -> dict:
+    def _finish_epoch(self, stop: _StopSignals) -> dict:
         config, learner = self.config, self.learner
         scale = learner.loss_scale()
         if scale < MIN_LOSS_SCALE:
@@ -270,21 +307,26 @@ class _Stage:
             row[f"sparsity_{group}"] = sparsity
         last = self.epoch + 1 == config.epochs
         tested = last or (self.epoch + 1) % config.evaluate_every == 0
-        measured = self._evaluate() if tested else dict.fromkeys(("top1", "top5", "loss"), math.nan)
+        measured = self._evaluate(stop) if tested else dict.fromkeys(("top1", "top5", "loss"), math.nan)
         row.update({f"test_{name}": value for name, value in measured.items()})
         self.history.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         return row
 
-    def _evaluate(self) -> dict[str, float]:
-        return accuracy(class_scores(self.learner.model, self.test_images), self.test_labels)
+    def _evaluate(self, stop: _StopSignals) -> dict[str, float]:
+        parts = []
+        for images in self.test_images.split(BATCH_SIZE):
+            self._leave_if_asked(stop)
+            parts.append(class_scores(self.learner.model, images))
+        return accuracy(torch.cat(parts), self.test_labels)
 
     def _refuse_loss(self, step_plan) -> None:
         inputs = augment(self.images[step_plan.order], step_plan)
         layer = first_bad_layer(self.learner.model, inputs)
         message = (
             f"{self.stage} stopped: loss {self.losses[self.step]} at epoch {self.epoch}, step {self.step}, "
-            f"first bad layer {layer}; lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
+            f"first bad layer {layer}; lower lr {self.config.lr} or check the data "
+            "(the last good checkpoint is kept)"
         )
         self._log(message)
         raise StudyError(message)
@@ -292,8 +334,6 @@ class _Stage:
     def _leave_if_asked(self, stop: _StopSignals) -> None:
         if not stop.received:
             return
-        if self.step == self.steps:  # the epoch's last step is done: its end must not be lost
-            self._finish_epoch()
         self.save()
         self._write_tables()
         self._log(f"stopped by {signal.Signals(stop.received).name} at epoch {self.epoch}, step {self.step}")
@@ -303,10 +343,8 @@ class _Stage:
 
     # -- what is shown -----------------------------------------------------------------------
 
-    def _events(self):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a stage needs it
-
-        return contextlib.closing(SummaryWriter(self.folder, purge_step=self.epoch))
+    def _events(self) -> _Events:
+        return _Events(self.folder, self.epoch)
 
     def _write_tables(self) -> None:
         text = io.StringIO()
@@ -327,11 +365,53 @@ class _Stage:
         self._write_tables()
         state = {name: tensor.cpu() for name, tensor in self.learner.masters.state_dict().items()}
         self.shell.load_state_dict(state)
-        if self.history:
-            for name, module in self.shell.named_modules():
-                if hasattr(module, "alpha"):
-                    module.alpha = self.learner.model.get_submodule(name).alpha
+        self.shell.config = self._network()
+        set_alpha(self.shell, self.shell.config["alpha"])
         return StageResult(self.shell.eval(), pd.DataFrame(self.history), self._metrics(), self.path)
+
+
+class _Events:
+    """Scalars for TensorBoard, written before the next step begins.
+
+    SummaryWriter has a thread write them: on a full disk that thread dies, and closing waits for it.
+    """
+
+    def __init__(self, folder: Path, first_epoch: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # only a stage that trains needs them
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        # TensorBoard takes the order of the files' names for the order of what is in them.
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        try:
+            self.file = self.path.open("wb", buffering=0)
+        except OSError as error:
+            raise write_fault(self.path, error) from error
+        self.records = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+        # Whatever an interrupted process wrote of this epoch or later is not to be shown.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=first_epoch, session_log=start)
+
+    def add(self, epoch: int, scalars: dict[str, float]) -> None:
+        values = [
+            self.summary.Value(tag=name, simple_value=value)
+            for name, value in scalars.items()
+            if name != "epoch" and math.isfinite(value)
+        ]
+        self._write(step=epoch, summary=self.summary(value=values))
+
+    def _write(self, **fields) -> None:
+        try:
+            self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+        except OSError as error:
+            raise write_fault(self.path, error) from error
+
+    def __enter__(self) -> _Events:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
 
 
 class _StopSignals:
@@ -393,6 +473,8 @@ def _bytes(tensor: Tensor):
 
 
 def _difference(key: str, theirs, own) -> str:
+    if key == "start":
+        return "it began with other weights"
     if isinstance(own, dict) and isinstance(theirs, dict):
         for name in own:
             if theirs.get(name) != own[name]:

@@ -55,9 +55,13 @@ class Study:
     StudyError : any of these unknown or unusable, in one line
     """
 
-    def __init__(self, profile, data=None, run="lab", device=None, seed=None, limit=None, variant=None, overrides=""):
+    def __init__(
+        self, profile, data=None, run="lab", device=None, seed=None, limit=None, variant=None, overrides=""
+    ):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(run)):
-            raise StudyError(f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another")
+            raise StudyError(
+                f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
+            )
         self.profile = load_profile(
             profile, variant=variant, data=data, limit=limit, seed=seed, device=device, overrides=overrides
         )
@@ -83,7 +87,7 @@ class Study:
 
     def network(self, **changes) -> nn.Module:
         """A network with the fresh weights of the profile's seed."""
-        return new_network(self.profile, self.data.num_classes, **changes)
+        return new_network(self.profile, **{"num_classes": self.data.num_classes, **changes})
 
     def checkpoint(self, stage: str) -> nn.Module:
         """The network that a stage of this run ended with."""
@@ -152,7 +156,9 @@ class _LiveLine:
             return
         self.shown = now
         seconds = (now - self.began) / (done - self.first) * (total - done)
-        line = {"text/plain": f"{text}, step {done} of {total}, {int(seconds // 60)}:{int(seconds % 60):02d} left"}
+        line = {
+            "text/plain": f"{text}, step {done} of {total}, {int(seconds // 60)}:{int(seconds % 60):02d} left"
+        }
         if self.handle is None:
             self.handle = self.display(line, raw=True, display_id=True)
         else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,34 @@ def alpha_of_epoch(config: StageConfig, epoch: int) -> float:
     return alpha_schedule(epoch, config.alpha_start, config.alpha_end)
 
 
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, only algorithms that give the same bits each time; everything is set back afterwards.
+
+    A CPU with the same number of threads gives the same bits anyway, so there nothing is changed.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is only then free of races between streams
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+        if workspace is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
 class Learner:
     """Network, FP32 masters, SGD, loss scaler and pruner: everything that a step changes.
 
@@ -55,8 +86,12 @@ class Learner:
     """
 
     def __init__(self, model: nn.Module, config: StageConfig):
+        if getattr(model, "opt_level", "O0") != "O0":
+            raise StudyError(f"the model is at {model.opt_level}, not FP32; give a fresh FP32 network")
         if config.opt_level == "O3":
-            raise StudyError("opt_level 'O3' is for testing: it has no FP32 master weights; train at O0, O1 or O2")
+            raise StudyError(
+                "opt_level 'O3' is for testing: it has no FP32 master weights; train at O0, O1 or O2"
+            )
         self.config = config
         self.model = model
         if config.freeze_ternary:
@@ -66,12 +101,19 @@ class Learner:
         decayed = [p for p in parameters.values() if p.ndim > 1]
         exempt = [p for p in parameters.values() if p.ndim <= 1]
         self.sgd = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": exempt, "weight_decay": 0.0},
+            ],
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             fused=True,  # one pass over memory, and it honours the loss scaler without a host synchronisation
         )
+        # From zero, not left to SGD: when the first step overflows, its fused kernel writes nothing into
+        # buffers that it then takes for filled.
+        for parameter in parameters.values():
+            self.sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         device = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(
             device,
@@ -108,6 +150,9 @@ class Learner:
         loss = self.loss(inputs, targets, plan)
         self.scaler.scale(loss).backward()
         self.masters.take_gradients()
+        if not self.scaler.is_enabled():
+            # A loss that is not finite must not reach the weights: the first bad layer is still to be named.
+            self.sgd.found_inf = (~loss.detach().isfinite()).float()
         self.scaler.step(self.sgd)
         self.scaler.update()
         self.sgd.zero_grad(set_to_none=True)
@@ -137,30 +182,29 @@ class Learner:
         """Tensors and numbers from which :meth:`load` restores this learner exactly."""
         tensors = {f"model/{name}": tensor for name, tensor in self.masters.state_dict().items()}
         for name, parameter in self.masters.parameters.items():
-            momentum = self.sgd.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum/{name}"] = momentum
+            tensors[f"momentum/{name}"] = self.sgd.state[parameter]["momentum_buffer"]
         tensors.update({f"mask/{name}": mask for name, mask in self.pruner.masks.items()})
         return tensors, {"scaler": self.scaler.state_dict()}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict) -> None:
         self.masters.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model/")})
         for name, parameter in self.masters.parameters.items():
-            if f"momentum/{name}" in tensors:
-                # In the parameter's own memory layout: the fused step walks both side by side.
-                buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
-                self.sgd.state[parameter]["momentum_buffer"] = buffer.detach().copy_(tensors[f"momentum/{name}"])
+            self.sgd.state[parameter]["momentum_buffer"].copy_(tensors[f"momentum/{name}"])
         for name, mask in self.pruner.masks.items():
             mask.copy_(tensors[f"mask/{name}"])
         if numbers["scaler"]:
             self.scaler.load_state_dict(numbers["scaler"])
 
 
+def first_bad_tensor(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor with a NaN or Inf in it."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
 def first_bad_layer(model: nn.Module, inputs: Tensor) -> str:
     """Name of the first module with a NaN or Inf in its weights or its output for ``inputs``."""
-    for name, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            return f"{name} (its weights are not finite)"
+    if bad := first_bad_tensor(dict(model.named_parameters())):
+        return f"{bad} (its weights are not finite)"
     found: list[str] = []
 
     def look(name: str):
@@ -170,7 +214,9 @@ def first_bad_layer(model: nn.Module, inputs: Tensor) -> str:
 
         return hook
 
-    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if n and not list(m.children())]
+    hooks = [
+        m.register_forward_hook(look(n)) for n, m in model.named_modules() if n and not list(m.children())
+    ]
     try:
         with torch.no_grad():
             model(inputs)

@@ -203,9 +203,9 @@ def test_unclipped_boxes_are_squares_whose_area_is_uniform():
     y0, y1, x0, x1 = boxes.unbind(1)
     free = (y0 > 0) & (y1 < 32) & (x0 > 0) & (x1 < 32)
     assert torch.equal((y1 - y0)[free], (x1 - x0)[free])
-    # E[clipped area]: 1 - lam = t^2 with density 2t dt for the side t, and a side keeps t (1 - t/4) on average
-    # when its centre is uniform, so E = integral of 2t * t^2 (1 - t/4)^2 = 0.3208; pixels round sides down by
-    # half a pixel on average, some 0.02, and the spread of the mean over 20,000 boxes is 0.0017.
+    # 1 - lambda uniform gives the side t the density 2t, and a side with a uniform centre keeps t (1 - t/4)
+    # on average: the mean area is the integral of 2t * t^2 (1 - t/4)^2 = 0.3208. Rounding a side down takes
+    # half a pixel, some 0.02 of the area; the standard error over 20,000 boxes is 0.0017.
     assert 0.28 < (1 - lam).mean() < 0.325, (1 - lam).mean()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import io
 import os
 import pickle
 import tarfile
+import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +243,7 @@ def test_a_truncated_npz_is_refused_wherever_it_is_cut(npz):
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_damaged_bytes_are_refused_or_change_nothing(npz, compressed):
-    """500 files with 1 to 8 damaged bytes each: what is accepted is what was written."""
+    """250 files with 1 to 8 damaged bytes each: what is accepted is what was written."""
     path = npz(compressed=compressed)
     whole, fingerprint = path.read_bytes(), load_data(path).fingerprint
     draw = np.random.default_rng(1)
@@ -260,8 +263,8 @@ def test_damaged_bytes_are_refused_or_change_nothing(npz, compressed):
     assert refused > 200, refused
 
 
-@pytest.mark.parametrize("shape", [(10**12, 32, 32, 3), (2**62, 2**62), (-1, 32, 32, 3)])
-def test_a_giant_shape_in_a_header_is_refused_before_anything_is_allocated(npz, shape):
+@pytest.mark.parametrize("shape", [(10**12, 32, 32, 3), (2**62, 2**62), (-1, 32, 32, 3), (0, 32, 32, 3)])
+def test_a_shape_that_is_not_what_the_file_holds_is_refused_before_anything_is_allocated(npz, shape):
     path = npz()
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -315,7 +318,7 @@ def test_an_image_that_does_not_fit_is_named(folder, spoil, words):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A small archive in CIFAR-100's own format behind a file:// URL, with its checksums in place."""
+    """A small archive in CIFAR-100's own format behind a loopback URL, with its checksums in place."""
     draw = np.random.default_rng(0)
     labels = {"train": [i % 100 for i in range(200)], "test": [i % 100 for i in range(100)]}
     members = {"meta": pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]})}
@@ -330,16 +333,26 @@ def server(tmp_path, monkeypatch):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
 
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=archive.parent))
+    threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
     def md5(content: bytes) -> str:
         return hashlib.md5(content).hexdigest()
 
-    monkeypatch.setattr(CIFAR100, "url", archive.as_uri())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{listener.server_port}/{archive.name}")
     monkeypatch.setattr(CIFAR100, "tgz_md5", md5(archive.read_bytes()))
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(members["train"])]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(members["test"])]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5(members["meta"])})
     monkeypatch.setattr(room, "CIFAR100_PER_CLASS", (2, 1))
-    return archive
+    yield archive
+    listener.shutdown()
+    listener.server_close()
 
 
 def test_cifar100_is_downloaded_once_and_then_read_from_its_cache(server, tmp_path):
@@ -434,7 +447,7 @@ def test_the_real_cifar100_is_what_spec_section_4_says():
 @needs_real
 def test_the_published_normalisation_roughly_standardises_the_real_images():
     images = normalise(load_data(REAL, limit=20).train_images)
-    # The constants are CIFAR-10's: CIFAR-100's own mean differs by up to 0.03 (0.14 of its std), its std by 0.07;
-    # 2,000 images leave 0.02 of noise.
+    # The constants are CIFAR-10's: CIFAR-100's own mean differs by up to 0.03 (0.14 of the std), its
+    # std by up to 0.07 (a third of it); 2,000 images leave 0.02 of noise.
     assert images.mean((0, 2, 3)).abs().max() < 0.3
     assert (images.std((0, 2, 3)) - 1).abs().max() < 0.5

@@ -330,7 +330,9 @@ def test_an_environment_that_was_cut_off_is_made_anew(bare):
     assert bare.call(".python", PYTHON="", PATH=bare.path).returncode != 0
     assert bare.ran() == ["venv", "pip"]
     (bare.folder / "cut").unlink()
+    bare.write(".venv/half", "")
     assert bare.make(".python", PYTHON="", PATH=bare.path) == ["venv", "pip", "pip"]
+    assert not (bare.folder / ".venv/half").exists()
 
 
 def test_an_environment_made_by_hand_is_completed_and_not_removed(bare):
