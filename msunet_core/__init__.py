@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, spin_shortly
 
+spin_shortly()  # before PyTorch is loaded
 keep_freed_memory()  # before the first large tensor
 
 from .checkpoint import load_checkpoint  # noqa: E402

@@ -41,7 +41,7 @@ ROWS: tuple[Row, ...] = (
     Row("weights", "float", network={"weights": "float"}),
     Row("weights", "binary", network={"weights": "binary"}),
     Row("alpha", "0.3", train={"alpha": 0.3}),
-    Row("alpha", "1.2", train={"alpha": 1.2}),
+    Row("alpha", "1.0", train={"alpha": 1.0}),
     Row("CutMix", "off", train={"cutmix_probability": 0.0}),
     Row("consistency", "off", train={"consistency": "off"}),
     Row("consistency", "as released", train={"consistency": "as-released"}),
@@ -62,7 +62,8 @@ def run_ablations(study: Study, rows: Iterable[Row] = ROWS) -> pd.DataFrame:
     -------
     DataFrame: choice, value, top1, top5 (percent of the test images), loss, params, flops, score
     """
-    profile, data = study.profile, study.data
+    profile = study.profile
+    data = study.limited_data(profile.ablation_limit)
     networks: dict[str, nn.Module] = {}
     table = []
     for row in rows:

@@ -269,7 +269,10 @@ def _network_of(state: dict[str, Tensor], info: dict) -> dict:
 def _refuse_other_network(path: Path, state: dict[str, Tensor], config: dict, variant: str) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     own = config.get("variant", variant)
-    differing = _differences(found, config, variant)
+    try:
+        differing = _differences(found, config, variant)
+    except StudyError as error:
+        raise StudyError(f"{path} tells of a network that cannot be: {error}") from error
     if not differing and VARIANTS[own] is VARIANTS[variant]:
         return
     fits = [v for v in VARIANTS if not _differences(found, config, v)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ class Profile:
     ablation: StageConfig = field(default_factory=StageConfig)
     ablation_prune: StageConfig = field(default_factory=StageConfig)
     ablation_width: float = 1.0
+    ablation_limit: int | None = None  # images per class and split in ablations; None: as data.limit
     expect: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -132,6 +134,18 @@ class Profile:
             value = getattr(self.network, name)
             if value not in choices:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Booleans as of YAML 1.2, so that "off", a value of ``consistency``, is a word."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
 
 
 def profile_names() -> list[str]:
@@ -166,12 +180,14 @@ def load_profile(
             f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise StudyError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
     tree = _mapping(tree, str(path))
     variants = _mapping(tree.pop("variants", None), f"{path}: variants")
-    variant = variant or _mapping(tree.get("network"), f"{path}: network").get("variant", "v3")
+    for part in ("network", "data"):
+        tree[part] = _mapping(tree.get(part), f"{path}: {part}")
+    variant = variant or tree["network"].get("variant", "v3")
     if variant not in VARIANTS:
         raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
     tree = _merge(tree, _mapping(variants.get(variant), f"{path}: variants.{variant}"))
@@ -183,7 +199,7 @@ def load_profile(
         if not equals:
             raise StudyError(f"override {override!r} has no '='; write it as train.epochs=3")
         try:
-            value: object = yaml.safe_load(text)
+            value: object = yaml.load(text, _Loader)
         except (yaml.YAMLError, ValueError) as error:
             raise StudyError(
                 f"override {override!r} has a value that is not YAML; correct {text!r}"
@@ -250,7 +266,7 @@ def _value(kind, value, where: str):
             if isinstance(value, bool) or int(value) != float(value):
                 raise TypeError
             return int(value)
-        if kind is float and isinstance(value, bool):
+        if (kind is float and isinstance(value, bool)) or (kind is str and not isinstance(value, str)):
             raise TypeError
         return kind(value)
     except StudyError:

@@ -12,7 +12,13 @@ from torch import Tensor
 from .data import MEAN, STD
 
 plt.rcParams.update(
-    {"figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    {
+        "figure.dpi": 100,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
 )
 
 
@@ -57,4 +63,28 @@ def plot_curves(history: pd.DataFrame, marks: dict[str, int] | None = None) -> p
             ax.axvline(epoch, color="tab:red", linestyle="--", label=label)
         ax.legend(fontsize=8)
     figure.tight_layout()
+    return figure
+
+
+def plot_by_layer(shares: dict[str, float], title: str, colours: Sequence[str] = ("tab:blue",)) -> plt.Figure:
+    """A bar for each layer: shares of zeros (0 to 1) by name."""
+    figure, ax = plt.subplots(figsize=(11, 3.2))
+    ax.bar(range(len(shares)), list(shares.values()), color=colours)
+    ax.set_xticks(range(len(shares)), list(shares), rotation=65, ha="right", fontsize=7)
+    ax.set(xlabel="layer", ylabel="share of zeros", ylim=(0, 1), title=title)
+    return figure
+
+
+def plot_trade_off(table: pd.DataFrame) -> plt.Figure:
+    """Accuracy against score of an ablation table (columns choice, value, top1, score)."""
+    figure, ax = plt.subplots(figsize=(11, 5))
+    for choice, rows in table.groupby("choice", sort=False):
+        ax.scatter(rows["score"], rows["top1"], s=50, label=choice)
+        for _, row in rows.iterrows():
+            place = (row["score"], row["top1"])
+            ax.annotate(row["value"][:20], place, xytext=(5, 3), textcoords="offset points", fontsize=7)
+    ax.set_xscale("log")
+    ax.set(xlabel="score (lower is better, log scale)", ylabel="top-1 (%)")
+    ax.set_title("Upper left is better: accuracy against score")
+    ax.legend(fontsize=8)
     return figure

@@ -198,7 +198,7 @@ def build_msunet(
     weights : "ternary", "binary" or "float", of all 1x1 convolutions but the squeeze-excitation ones
     alpha : ternary threshold in standard deviations of each weight tensor
     num_classes : int >= 1
-    width : multiplies every channel count, rounded to multiples of 4 (at least 4); 1.0 is the published network
+    width : multiplies every channel count, rounded to multiples of 4 (at least 4); 1.0 is the published one
 
     Returns
     -------
@@ -225,7 +225,9 @@ def build_msunet(
             nn.Conv2d(i, o, 1, bias=False)
             if weights == "float"
             else TernaryConv2d(i, o, weights=weights, alpha=alpha)
-            for i, o in zip(split_channels(in_channels, groups), split_channels(out_channels, groups), strict=True)
+            for i, o in zip(
+                split_channels(in_channels, groups), split_channels(out_channels, groups), strict=True
+            )
         ]
         return convs[0] if groups == 1 else MixedConv2d(convs)
 

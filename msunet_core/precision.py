@@ -124,7 +124,9 @@ def apply_opt_level(model: nn.Module, level: str = "O0", *, backend: str = "nati
     if current != "O0":
         if current == level:
             return model
-        raise StudyError(f"the model is at {current} already, not FP32; apply {level} to a fresh FP32 copy of it")
+        raise StudyError(
+            f"the model is at {current} already, not FP32; apply {level} to a fresh FP32 copy of it"
+        )
     if backend == "apex":
         model = legacy_apex().initialize(model, opt_level=level, verbosity=0)
     elif backend != "native":
@@ -155,7 +157,9 @@ def legacy_apex():
     try:
         import apex
     except ImportError as error:
-        raise StudyError("backend 'apex' is not installed; use backend='native', which needs no apex") from error
+        raise StudyError(
+            "backend 'apex' is not installed; use backend='native', which needs no apex"
+        ) from error
     amp = getattr(apex, "amp", None)
     if not hasattr(amp, "initialize"):
         raise StudyError(
@@ -205,7 +209,11 @@ class MasterWeights:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's state dict with FP32 masters in place of every half parameter."""
-        return {**self.model.state_dict(), **self.frozen, **{n: p.detach() for n, p in self.parameters.items()}}
+        return {
+            **self.model.state_dict(),
+            **self.frozen,
+            **{n: p.detach() for n, p in self.parameters.items()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

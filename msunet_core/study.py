@@ -80,6 +80,13 @@ class Study:
             self._data = load_data(source.source, limit=source.limit, seed=self.profile.seed)
         return self._data
 
+    def limited_data(self, limit: int | None) -> ImageData:
+        """At most ``limit`` images of each class and split; None: all that the profile takes."""
+        own = self.profile.data
+        if limit is None or (own.limit is not None and own.limit <= limit):
+            return self.data
+        return load_data(own.source, limit=limit, seed=self.profile.seed)
+
     @property
     def options(self) -> dict:
         """Keyword arguments of train and prune: seed, device and a progress line that pages can show."""

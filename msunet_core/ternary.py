@@ -88,7 +88,9 @@ class TernaryConv2d(nn.Conv2d):
     Attributes: ``alpha`` (float), ``weights`` ("ternary" or "binary").
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, *, weights: str, alpha: float):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 1, *, weights: str, alpha: float
+    ):
         super().__init__(in_channels, out_channels, kernel_size, bias=False)
         if weights not in WEIGHTS[:2]:
             raise StudyError(f"weights {weights!r} is not one of {', '.join(WEIGHTS[:2])}")

@@ -77,7 +77,7 @@ def test_as_released_takes_the_pasted_image_for_a(batch):
 
 
 def test_gradients_flow_through_all_three_terms(batch):
-    images, labels, partner, box, lam = batch
+    images, *_, lam = batch
     for index in range(3):
         leaf = images.clone().requires_grad_()
         parts = [images, images, images]

@@ -110,7 +110,7 @@ def test_one_step_is_nesterov_sgd_with_decay_on_weights_of_two_dimensions_or_mor
         step = plan.step(index)
         learner.model.train()
         inputs = augment(images.train_images[step.order], step)
-        # The same loss by autograd alone, on the weights as they are now; batch statistics do not depend on it.
+        # The same loss by autograd alone, on the weights as they are now.
         loss = F.cross_entropy(learner.model(inputs), images.train_labels[step.order])
         gradients = torch.autograd.grad(loss, list(learner.model.parameters()))
         for (name, weight), gradient in zip(learner.model.named_parameters(), gradients, strict=True):

@@ -1,0 +1,153 @@
+"""The command line: the same study without Jupyter, and one line of error for whatever is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from msunet_core import build_msunet, load_checkpoint
+from msunet_core.__main__ import main
+from msunet_core.data import save_npz
+from msunet_core.stages import CHECKPOINT
+
+SHORT = [
+    "network.width=0.0625",
+    "train.epochs=1",
+    "train.batch_size=8",
+    "prune.epochs=1",
+    "prune.batch_size=8",
+]
+
+
+@pytest.fixture
+def npz(images, tmp_path):
+    path = tmp_path / "images.npz"
+    save_npz(images, path)
+    return str(path)
+
+
+def error_of(capsys, *arguments) -> str:
+    """The one line with which a command ends badly."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stopped:  # argparse prints its usage before
+        status = stopped.code
+    shown = capsys.readouterr()
+    assert status == 2, (status, shown)
+    line = shown.err.splitlines()[-1]
+    assert "error: " in line
+    assert "Traceback" not in shown.err
+    if line.startswith("error: "):
+        assert shown.err.count("\n") == 1, shown.err
+    return line
+
+
+@pytest.mark.parametrize("command", ["", "data", "train", "prune", "validate", "score"])
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    assert "usage: python -m msunet_core" in capsys.readouterr().out
+
+
+def test_the_study_runs_from_data_to_score(capsys, npz, tmp_path):
+    def run(*arguments):
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "24 training and 12 test images\n4 classes: red, green" in run("data", "--data", npz)
+    trained, pruned = tmp_path / "train", tmp_path / "prune"
+    out = run("train", "--data", npz, "--out", trained, "--device", "cpu", "--set", *SHORT)
+    accuracy = float(re.search(r"top1 ([\d.]+)", out)[1])
+    assert run("train", "--data", npz, "--out", trained, "--device", "cpu", "--set", *SHORT) == out
+    run("prune", "--data", npz, "--out", pruned, "--checkpoint", trained, "--device", "cpu", "--set", *SHORT)
+    table = run("validate", trained / CHECKPOINT, "--data", npz, "--opt-level", "O0", "O3")
+    level, top1, top5, _ = table.splitlines()[2].split()
+    assert (level, float(top1), float(top5)) == ("O0", pytest.approx(accuracy, abs=0.006), 100.0)
+    assert table.splitlines()[3].split()[0] == "O3"
+    assert run("score", pruned / CHECKPOINT, "--opt-level", "O3").startswith("O3\n")
+    model, info = load_checkpoint(pruned / CHECKPOINT)
+    assert (info["stage"], info["opt_level"]) == ("prune", "O2")
+    assert model.config["num_classes"] == 4
+
+
+def test_data_are_written_as_an_npz_that_is_read_again(capsys, npz, tmp_path):
+    assert main(["data", "--data", npz, "--limit", "2", "--out", str(tmp_path / "few.npz")]) == 0
+    fingerprint = re.search(r"fingerprint (\w+)", capsys.readouterr().out)[1]
+    assert main(["data", "--data", str(tmp_path / "few.npz")]) == 0
+    assert (
+        f"8 training and 8 test images\n4 classes: red, green, blue, yellow\nfingerprint {fingerprint}"
+        in (capsys.readouterr().out)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "smokey"], "profile 'smokey' is unknown; did you mean 'smoke'?"),
+        (["--variant", "v33"], "variant 'v33' is unknown; did you mean 'v3'?"),
+        (["--data", "synthetik"], "unknown data source 'synthetik': did you mean 'synthetic'?"),
+        (["--data", "missing/images.npz"], "missing/images.npz"),
+        (["--limit", "0"], "limit 0"),
+        (["--limit", "few"], "argument --limit: invalid int value: 'few'"),
+        (["--seed", "-1"], "seed -1 is outside"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--set", "train.epoch=3"], "parameter train.epoch is unknown; did you mean 'epochs'?"),
+        (["--set", "train.epochs=many"], "parameter train.epochs is 'many', not of type int"),
+        (["--set", "network.width=0"], "width 0.0 is outside"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_a_wrong_argument_of_train_is_one_line(capsys, npz, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    data = [] if "--data" in arguments else ["--data", npz]
+    assert message in error_of(capsys, "train", "--out", out, *data, *arguments)
+    assert not (out / CHECKPOINT).exists()
+    assert not (out / "metrics.json").exists()
+
+
+def test_a_wrong_checkpoint_is_one_line(capsys, npz, tmp_path):
+    network = build_msunet("v1")
+    path = tmp_path / "v1.pth.tar"
+    torch.save({"state_dict": network.state_dict()}, path)
+    assert "is not an MSUNet-v3: blocks.2.0.conv_pw.weight" in error_of(capsys, "score", path)
+    assert "is not an MSUNet-v3" in error_of(capsys, "validate", path, "--data", npz)
+    fitting = error_of(capsys, "validate", path, "--data", npz, "--variant", "v1")
+    assert "the data have 4 classes, the network 100" in fitting
+    assert "choose one of v1, v2, v3" in error_of(capsys, "score", path, "--variant", "v9")
+    assert "is not a file" in error_of(capsys, "score", tmp_path / "missing.pth.tar")
+    assert "is not a file" in error_of(capsys, "score", tmp_path)
+    assert "invalid choice: 'O9'" in error_of(capsys, "score", path, "--opt-level", "O9")
+    missing = error_of(
+        capsys, "prune", "--checkpoint", tmp_path / "no", "--out", tmp_path / "out", "--data", npz
+    )
+    assert "is not a file" in missing
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(capsys, npz, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in error_of(capsys, "data", "--data", npz, "--out", tmp_path / "file" / "x.npz")
+    assert "cannot write" in error_of(
+        capsys, "train", "--data", npz, "--out", tmp_path / "file", "--set", *SHORT
+    )
+
+
+def test_a_command_is_needed(capsys):
+    assert "the following arguments are required" in error_of(capsys)
+
+
+def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "msunet_core", "score", tmp_path / "missing"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    expected = f"error: checkpoint '{tmp_path / 'missing'}' is not a file; check the path\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)

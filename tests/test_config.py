@@ -1,0 +1,173 @@
+"""Profiles and overrides: the published recipes, and every wrong name or value refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from msunet_core import StageConfig, StudyError, load_profile
+from msunet_core.config import Profile, profile_names
+from msunet_core.ternary import ALPHA
+
+
+def refused(message, **arguments):
+    with pytest.raises(StudyError) as caught:
+        load_profile(**arguments)
+    assert "\n" not in str(caught.value)
+    assert message in str(caught.value), str(caught.value)
+
+
+def test_the_profiles_of_the_study_can_all_be_read_for_all_variants():
+    assert profile_names() == ["paper", "quick", "smoke"]
+    for name in profile_names():
+        for variant in ("v1", "v2", "v3"):
+            profile = load_profile(name, variant=variant)
+            assert (profile.name, profile.network.variant) == (name, variant)
+
+
+@pytest.mark.parametrize(
+    ("variant", "epochs", "milestones", "prune_epochs", "batch", "schedule", "pruner", "level", "clean"),
+    [
+        ("v1", 910, range(300, 901, 100), (150, 150), 192, "cosine", "V1", "O0", True),
+        ("v2", 910, range(300, 901, 100), (270, 300), 64, "step", "V2", "O2", False),
+        ("v3", 1050, range(300, 1001, 100), (265, 275), 64, "step", "V2", "O2", False),
+    ],
+)
+def test_the_paper_profile_is_the_published_recipe(
+    variant, epochs, milestones, prune_epochs, batch, schedule, pruner, level, clean
+):
+    profile = load_profile("paper", variant=variant)
+    train, prune = profile.train, profile.prune
+    assert (train.epochs, train.milestones) == (epochs, tuple(milestones))
+    assert (train.lr, train.warmup_epochs, train.warmup_lr, train.gamma) == (0.1, 5, 1e-4, 0.25)
+    assert (train.momentum, train.weight_decay, train.batch_size) == (0.9, 1e-4, 64)
+    assert (train.cutmix_probability, train.consistency) == (0.5, "as-described")
+    assert (train.alpha, train.alpha_start, train.alpha_end, train.opt_level) == (None, 20, 400, "O0")
+    assert prune_epochs[0] <= prune.epochs <= prune_epochs[1]
+    assert (prune.batch_size, prune.schedule, prune.pruner, prune.opt_level) == (
+        batch,
+        schedule,
+        pruner,
+        level,
+    )
+    assert (prune.lr, prune.alpha, prune.freeze_ternary, prune.ramp_epochs) == (1e-3, ALPHA, True, 100)
+    assert prune.warmup_epochs == 0
+    if clean:
+        assert (prune.augment, prune.cutmix_probability, prune.final_lr) == (False, 0.0, 5e-4)
+    else:
+        assert prune.milestones == (120, 170, 200, 220, 250)
+        assert (prune.augment, prune.cutmix_probability, prune.cutmix_until) == (True, 0.5, 140)
+
+
+def test_choices_are_laid_over_the_profile():
+    profile = load_profile(
+        "smoke",
+        variant="v1",
+        data="pictures.npz",
+        limit=7,
+        seed=3,
+        device="cpu",
+        overrides="train.epochs=3 train.milestones=[1,2] prune.alpha=null train.lr=1e-3 data.limit=9",
+    )
+    assert (profile.network.variant, profile.seed, profile.device) == ("v1", 3, "cpu")
+    assert (profile.data.source, profile.data.limit) == ("pictures.npz", 9)
+    assert (profile.train.epochs, profile.train.milestones, profile.train.lr) == (3, (1, 2), 1e-3)
+    assert profile.prune.alpha is None
+    assert load_profile("smoke", overrides=["train.epochs=3"]).train.epochs == 3
+
+
+def test_off_is_a_word_and_not_a_boolean():
+    assert load_profile("smoke", overrides="train.consistency=off").train.consistency == "off"
+
+
+def test_expected_bands_hold_for_the_profiles_own_data_alone(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("expect: {top1: [1, 2]}\n")
+    assert load_profile(str(path)).expect == {"top1": [1.0, 2.0]}
+    assert load_profile(str(path), data="other.npz").expect == {}
+    assert load_profile(str(path), limit=3).expect == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"name": "smok"},
+            "profile 'smok' is unknown; did you mean 'smoke'? choose one of paper, quick, smoke",
+        ),
+        ({"name": "missing.yaml"}, "profile 'missing.yaml' is unknown"),
+        ({"variant": "v4"}, "variant 'v4' is unknown; choose one of v1, v2, v3"),
+        ({"seed": -1}, "seed -1 is outside 0"),
+        ({"seed": 2**80}, "outside 0"),
+        ({"overrides": "train.epoch=3"}, "parameter train.epoch is unknown; did you mean 'epochs'?"),
+        ({"overrides": "trian.epochs=3"}, "parameter trian is unknown; did you mean 'train'?"),
+        ({"overrides": "train.epochs"}, "override 'train.epochs' has no '='"),
+        ({"overrides": "=3"}, "parameter  is unknown"),
+        ({"overrides": "train.epochs=[1"}, "has a value that is not YAML"),
+        ({"overrides": "train.lr=2020-99-99"}, "has a value that is not YAML"),
+        ({"overrides": "train=3"}, "train is 3, not a mapping"),
+        ({"overrides": "train.epochs.more=3"}, "parameter train.epochs is {'more': 3}, not of type int"),
+        ({"overrides": "train.epochs=3.5"}, "parameter train.epochs is 3.5, not of type int"),
+        ({"overrides": "train.epochs=true"}, "parameter train.epochs is True, not of type int"),
+        ({"overrides": "train.epochs=.inf"}, "parameter train.epochs is inf, not of type int"),
+        ({"overrides": "train.epochs=-1"}, "epochs -1 is outside 0 .. 100000"),
+        ({"overrides": "train.lr=.nan"}, "lr nan is outside"),
+        ({"overrides": "train.lr=fast"}, "parameter train.lr is 'fast', not of type float"),
+        ({"overrides": "train.warmup_lr=.inf"}, "warmup_lr inf is outside"),
+        ({"overrides": "train.alpha=.nan"}, "alpha nan is not a number >= 0"),
+        ({"overrides": "train.batch_size=0"}, "batch_size 0 is outside 1"),
+        ({"overrides": "train.milestones=12"}, "parameter train.milestones is 12, not of type tuple"),
+        ({"overrides": "train.milestones='12'"}, "parameter train.milestones is '12', not of type tuple"),
+        ({"overrides": "train.augment=1"}, "parameter train.augment is 1, not of type bool"),
+        ({"overrides": "train.schedule=steps"}, "schedule 'steps' is unknown; did you mean 'step'?"),
+        ({"overrides": "train.consistency=on"}, "consistency 'on' is unknown"),
+        ({"overrides": "train.consistency=as-describd"}, "did you mean 'as-described'?"),
+        ({"overrides": "train.opt_level=O4"}, "opt_level 'O4' is unknown"),
+        ({"overrides": "prune.pruner=V4"}, "pruner 'V4' is unknown"),
+        ({"overrides": "network.weights=tern"}, "weights 'tern' is unknown; did you mean 'ternary'?"),
+        ({"overrides": "train.alpha_start=500"}, "alpha_start 500 is not in 0 .. alpha_end"),
+        ({"overrides": "data.source=null"}, "parameter data.source is None, not of type str"),
+    ],
+)
+def test_a_wrong_name_or_value_is_refused_in_one_line(arguments, message):
+    refused(message, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [", "is not readable YAML"),
+        ("- 1\n- 2\n", "is [1, 2], not a mapping of fields"),
+        ("network: 3\n", "network is 3, not a mapping"),
+        ("data: synthetic\n", "data is 'synthetic', not a mapping"),
+        ("variants: [v1]\n", "variants is ['v1'], not a mapping"),
+        ("variants: {v3: 7}\n", "variants.v3 is 7, not a mapping"),
+        ("seed: 2020-99-99\n", "is not readable YAML"),
+        ("expect: {top1: 3}\n", "parameter expect is {'top1': 3}, not of type dict"),
+        ("expect: 3\n", "parameter expect is 3, not of type dict"),
+        ("1: 2\n", "parameter 1 is unknown"),
+    ],
+)
+def test_a_profile_file_that_does_not_fit_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    refused(message, name=str(path))
+
+
+def test_bytes_that_are_not_text_are_refused_as_a_profile(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_bytes(bytes(range(128, 256)))
+    refused("is not readable YAML", name=str(path))
+
+
+@pytest.mark.parametrize("text", ["", "network:\ndata:\nvariants:\n"])
+def test_an_empty_profile_is_the_default_one(tmp_path, text):
+    path = tmp_path / "empty.yaml"
+    path.write_text(text)
+    assert load_profile(str(path)) == dataclasses.replace(Profile(), name="empty")
+
+
+def test_a_configuration_cannot_be_changed_behind_a_runs_back():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        StageConfig().lr = 1.0

@@ -1,0 +1,118 @@
+"""Accuracy is counted as a person would count it, and a network that cannot tell is not right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from msunet_core import StudyError, evaluate
+from msunet_core.evaluation import accuracy, class_scores
+
+
+def counted(scores, labels, k):
+    """Top-k in percent, image by image: how many other classes score as high or higher."""
+    right = 0
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        ahead = sum(value >= row[label] for index, value in enumerate(row) if index != label)
+        right += ahead < k
+    return 100 * right / len(labels)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "with-ties"])
+def test_top1_and_top5_agree_with_a_slow_count(rounded):
+    scores = torch.randn(300, 20)
+    scores = scores.mul(2).round() if rounded else scores
+    labels = torch.randint(0, 20, (300,))
+    found = accuracy(scores, labels)
+    assert found["top1"] == pytest.approx(counted(scores, labels, 1))
+    assert found["top5"] == pytest.approx(counted(scores, labels, 5))
+    if not rounded:
+        assert found["top1"] == pytest.approx(100 * (scores.argmax(1) == labels).double().mean().item())
+    # FP64 sums in another order.
+    assert found["loss"] == pytest.approx(F.cross_entropy(scores.double(), labels).item(), rel=1e-12)
+
+
+def test_constant_scores_are_never_right():
+    found = accuracy(torch.zeros(40, 10), torch.arange(40) % 10)
+    assert (found["top1"], found["top5"]) == (0.0, 0.0)
+    assert found["loss"] == pytest.approx(torch.tensor(10.0).log().item())
+
+
+def test_with_fewer_than_five_classes_every_distinct_score_is_in_the_top_5():
+    assert accuracy(torch.randn(30, 4), torch.arange(30) % 4)["top5"] == 100.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(value):
+    scores = torch.zeros(4, 10)
+    scores[2, 3] = value
+    with pytest.raises(StudyError, match="scores are not finite"):
+        accuracy(scores, torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_each_published_level_runs_on_a_cpu_and_leaves_the_model_as_it_was(new_network, images, level):
+    network = new_network(width=0.125).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    found = evaluate(network, images.test_images, images.test_labels, level)
+    assert set(found) == {"top1", "top5", "loss"}
+    assert network.training
+    assert not hasattr(network, "opt_level")
+    after = network.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_the_levels_agree_but_for_half_precision(new_network, images):
+    network = new_network(width=0.125)
+    plain = class_scores(network, images.test_images, "O0")
+    for level in ("O2", "O3"):
+        # 2^-11 relative per stored activation, some 30 layers deep, on scores of order 1.
+        torch.testing.assert_close(
+            class_scores(network, images.test_images, level), plain, rtol=0.05, atol=0.05
+        )
+
+
+def test_the_mode_is_set_back_when_the_evaluation_fails():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            assert not self.training
+            raise RuntimeError("broken")
+
+    network = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        evaluate(network, torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    assert network.training
+
+
+def test_the_batch_size_changes_nothing_but_rounding(new_network, images):
+    network = new_network()
+    whole = class_scores(network, images.test_images)
+    parts = class_scores(network, images.test_images, batch_size=5)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)  # FP32 sums in another order
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "message"),
+    [
+        (0, [], "0 images and 0 labels"),
+        (3, [0, 1], "3 images and 2 labels"),
+        (2, [0, 4], "labels 0 .. 4 do not fit 4 classes"),
+        (2, [-1, 0], "labels -1 .. 0 do not fit 4 classes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(new_network, count, labels, message):
+    with pytest.raises(StudyError, match=message):
+        evaluate(new_network(), torch.zeros(count, 32, 32, 3, dtype=torch.uint8), torch.tensor(labels))
+
+
+def test_labels_of_any_integer_type_count(new_network, images):
+    network, labels = new_network(), images.test_labels
+    expected = evaluate(network, images.test_images, labels)
+    for other in (labels.int(), labels.to(torch.uint8), labels.numpy(), labels.tolist()):
+        assert evaluate(network, images.test_images, other) == expected

@@ -1,0 +1,80 @@
+"""The short version of `make faults`, and that its judgement can be trusted."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msunet_core import StudyError
+
+PROGRAM = Path(__file__).with_name("faults.py")
+
+
+@pytest.fixture(scope="module")
+def faults():
+    spec = importlib.util.spec_from_file_location("faults", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["faults"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["faults"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_files_that_are_damaged_lose_nothing():
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--quick"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[1])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    total = next(line for line in done.stdout.splitlines() if line.startswith("all "))
+    _, tried, survived, lost, executed, tracebacks, undetectable = total.split()[:7]
+    assert (lost, executed, tracebacks) == ("0", "0", "0"), done.stdout
+    assert int(tried) == int(survived) + int(undetectable) >= 60
+
+
+def test_a_fault_is_called_by_its_name(faults, tmp_path):
+    expected = {"x": torch.arange(3)}
+
+    def opens(outcome):
+        def load(path):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        return faults.verdict(load, tmp_path, expected)
+
+    assert opens({"x": torch.arange(3)}) == "same"
+    assert opens({"x": torch.arange(3) + 1}) == "other"
+    assert opens({}) == "other"
+    assert opens(StudyError("one line")) == "refused"
+    assert opens(StudyError("two\nlines")) == "more than one line"
+    assert opens(MemoryError("all of it")) == "traceback: MemoryError: all of it"
+    assert opens(SystemExit(1)) == "traceback: SystemExit: 1"
+
+
+def test_every_mutation_changes_a_file_and_repeats_with_its_seed(faults):
+    content = bytes(range(256)) * 40
+    kinds = set()
+    for seed in range(60):
+        kind, damaged = faults.mutate(random.Random(seed), content)
+        assert damaged != content
+        assert (kind, damaged) == faults.mutate(random.Random(seed), content)
+        kinds.add(kind)
+    assert kinds == {mutation.__name__ for mutation in faults.MUTATIONS}
+
+
+def test_the_table_counts_what_was_lost(faults):
+    rows = [faults.Row("one", 3, 2, 1), faults.Row("two", 2, 2, note="fine")]
+    lines = faults.table(rows).splitlines()
+    assert lines[-1].split() == ["all", "5", "4", "1", "0", "0", "0"]
+    assert [row.bad() for row in rows] == [1, 0]

@@ -1,0 +1,495 @@
+"""A stage can be stopped anywhere and ends as if it had not been; what it cannot do, it says in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from msunet_core import StudyError, evaluate, load_checkpoint, prune, train
+from msunet_core.checkpoint import read_checkpoint, save_checkpoint
+from msunet_core.evaluation import accuracy, class_scores
+from msunet_core.stages import CHECKPOINT
+
+STAGES = {
+    "train-O0": (train, {}),
+    "train-O2": (train, {"opt_level": "O2"}),
+    "prune-O0": (prune, {"pruner": "V3", "freeze_ternary": True, "ramp_epochs": 2}),
+    "prune-O2": (prune, {"pruner": "V2", "freeze_ternary": True, "ramp_epochs": 2, "opt_level": "O2"}),
+    "one-cycle": (train, {"schedule": "one-cycle", "evaluate_every": 2}),
+}
+
+
+class Killed(BaseException):
+    """Ends a stage with nothing tidied up, as SIGKILL does; no code of the study catches it."""
+
+
+def contents(folder: Path) -> dict:
+    """All that a stage ended with, comparable bit for bit."""
+    tensors, info = read_checkpoint(folder / CHECKPOINT)
+    found = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    # JSON text, since NaN is not equal to itself.
+    found |= {key: json.dumps(value) for key, value in info.items()}
+    return found | {name: (folder / name).read_text() for name in ("history.csv", "metrics.json")}
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    one, two = contents(folder), contents(other)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def perturb(*_) -> None:
+    """A progress that throws every global random state about: no result may depend on one."""
+    seed = time.time_ns() % 2**32
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def stop_at(step: int, how):
+    def progress(done: int, total: int, text: str) -> None:
+        perturb()
+        if done == step:
+            if how is Killed:
+                raise Killed
+            os.kill(os.getpid(), how)
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory) -> dict:
+    """Each kind of stage run once without being stopped, when first asked for."""
+    return {"folder": tmp_path_factory.mktemp("whole")}
+
+
+@pytest.mark.parametrize(
+    ("step", "how"),
+    [(2, signal.SIGTERM), (3, signal.SIGINT), (5, Killed), (9, signal.SIGTERM)],
+    ids=["SIGTERM-in-an-epoch", "Ctrl-C-at-its-last-step", "killed", "SIGTERM-at-the-very-last-step"],
+)
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_stopped_stage_ends_bit_for_bit_as_one_never_stopped(
+    images, new_network, recipe, tmp_path, whole_runs, kind, step, how
+):
+    run, changes = STAGES[kind]
+    config = recipe(**changes)
+    if kind not in whole_runs:
+        whole_runs[kind] = run(new_network(), images, config, whole_runs["folder"] / kind, progress=perturb)
+    whole = whole_runs[kind]
+    stopped = {Killed: Killed, signal.SIGTERM: SystemExit, signal.SIGINT: KeyboardInterrupt}[how]
+    with pytest.raises(stopped):
+        run(new_network(), images, config, tmp_path, progress=stop_at(step, how))
+    if how is not Killed:
+        info = read_checkpoint(tmp_path / CHECKPOINT)[1]
+        assert info["epoch"] * 3 + info["step"] == step  # the end of the current step, not of the epoch
+    assert not (tmp_path / "metrics.json").exists()  # nothing that looks finished
+    resumed = run(new_network(), images, config, tmp_path, progress=perturb)
+    assert_same(tmp_path, whole_runs["folder"] / kind)
+    assert resumed.metrics == whole.metrics
+    pd.testing.assert_frame_equal(resumed.history, whole.history, check_exact=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(
+    images, new_network, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("msunet_core.stages.BATCH_SIZE", 5)  # 12 test images, so 3 batches
+    train(new_network(), images, recipe(), tmp_path / "whole", progress=False)
+    batches = []
+
+    def signalled(model, batch, **options):
+        batches.append(len(batch))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return class_scores(model, batch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("msunet_core.stages.class_scores", signalled)
+        with pytest.raises(SystemExit):
+            train(new_network(), images, recipe(), tmp_path / "stopped", progress=False)
+    assert batches == [5]
+    info = read_checkpoint(tmp_path / "stopped" / CHECKPOINT)[1]
+    assert (info["epoch"], info["step"], info["history"]) == (0, 3, [])
+    train(new_network(), images, recipe(), tmp_path / "stopped", progress=False)
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_with_a_bad_newest_checkpoint_the_previous_one_is_used(images, new_network, recipe, tmp_path, damage):
+    train(new_network(), images, recipe(), tmp_path / "whole", progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    path = tmp_path / "damaged" / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[:-1] if damage == "truncated" else content)
+    if damage == "removed":
+        path.unlink()
+    steps = []
+    result = train(
+        new_network(), images, recipe(), tmp_path / "damaged", progress=lambda done, *_: steps.append(done)
+    )
+    assert steps == [7, 8, 9]  # the last epoch again, nothing more
+    assert result.checkpoint == path
+    assert_same(tmp_path / "damaged", tmp_path / "whole")
+
+
+def test_with_no_good_checkpoint_left_the_stage_says_so(images, new_network, recipe, tmp_path):
+    train(new_network(), images, recipe(), tmp_path, progress=False)
+    for path in tmp_path.glob(f"{CHECKPOINT}*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(StudyError, match=r"no usable checkpoint: .*not a whole safetensors.*remove it"):
+        train(new_network(), images, recipe(), tmp_path, progress=False)
+
+
+def test_killed_while_the_checkpoint_is_written_the_last_one_is_used(
+    images, new_network, recipe, tmp_path, monkeypatch
+):
+    """In a process of its own that dies at the n-th rename of a checkpoint, before and after it."""
+    train(new_network(), images, recipe(), tmp_path / "whole", progress=False)
+    for number in range(1, 7):
+        folder = tmp_path / str(number)
+        if (child := os.fork()) == 0:
+            renames = []
+            real = os.replace
+
+            def replace(source, target, renames=renames, real=real, number=number):
+                renames.append(target)
+                if len(renames) == number:
+                    os._exit(7)
+                real(source, target)
+
+            os.replace = replace
+            Path.replace = lambda self, target: replace(self, target)
+            try:
+                train(new_network(), images, recipe(), folder, progress=False)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        train(new_network(), images, recipe(), folder, progress=False)
+        assert_same(folder, tmp_path / "whole")
+        assert [entry.name for entry in folder.iterdir() if ".tmp" in entry.name] == []
+
+
+def test_a_step_schedule_can_be_continued_for_more_epochs(images, new_network, recipe, tmp_path):
+    train(new_network(), images, recipe(epochs=3), tmp_path / "whole", progress=False)
+    train(new_network(), images, recipe(epochs=1), tmp_path / "longer", progress=False)
+    train(new_network(), images, recipe(epochs=3), tmp_path / "longer", progress=False)
+    assert_same(tmp_path / "longer", tmp_path / "whole")
+    with pytest.raises(StudyError, match=r"holds 3 epochs and 0 steps, more than epochs 2; raise epochs"):
+        train(new_network(), images, recipe(epochs=2), tmp_path / "longer", progress=False)
+
+
+def test_a_finished_stage_is_not_run_again_and_gives_the_same_result(images, new_network, recipe, tmp_path):
+    first = train(new_network(), images, recipe(), tmp_path, progress=False)
+    before = (tmp_path / CHECKPOINT).stat().st_mtime_ns
+
+    def never(*_):
+        raise AssertionError("a finished stage took a step")
+
+    again = train(new_network(), images, recipe(), tmp_path, progress=never)
+    assert (tmp_path / CHECKPOINT).stat().st_mtime_ns == before
+    pd.testing.assert_frame_equal(again.history, first.history, check_exact=True)
+    sample = images.test_images
+    assert torch.equal(class_scores(again.model, sample), class_scores(first.model, sample))
+
+
+def test_the_loaded_checkpoint_is_the_network_whose_accuracy_was_recorded(
+    images, new_network, recipe, tmp_path
+):
+    config = recipe(alpha_start=0, alpha_end=30)  # alpha is far from its last value when training ends
+    result = train(new_network(), images, config, tmp_path, progress=False)
+    model, info = load_checkpoint(result.checkpoint)
+    assert model.config["alpha"] == result.model.config["alpha"] == result.history["alpha"].iloc[-1]
+    found = evaluate(model, images.test_images, images.test_labels)
+    recorded = json.loads((tmp_path / "metrics.json").read_text())
+    assert found == recorded == result.metrics
+    assert info["history"][-1]["test_top1"] == found["top1"]
+    by_hand = accuracy(class_scores(result.model, images.test_images), images.test_labels)
+    assert by_hand == recorded
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 0.01}, "lr 0.05 there, 0.01 now"),
+        ({"opt_level": "O2"}, "opt_level 'O0' there, 'O2' now"),
+        ({"milestones": (1,)}, r"milestones \[2\] there, \[1\] now"),
+    ],
+)
+def test_a_folder_of_another_recipe_is_refused_by_the_name_that_differs(
+    images, new_network, recipe, tmp_path, change, named
+):
+    train(new_network(), images, recipe(epochs=1), tmp_path, progress=False)
+    with pytest.raises(StudyError, match=f"holds another run .{named}"):
+        train(new_network(), images, recipe(epochs=1, **change), tmp_path, progress=False)
+
+
+def test_a_folder_of_another_seed_network_stage_or_data_is_refused(images, new_network, recipe, tmp_path):
+    config = recipe(epochs=1)
+    train(new_network(), images, config, tmp_path, progress=False)
+    darker = type(images)(images.train_images // 2, *list(vars(images).values())[1:6])
+    for message, attempt in {
+        "seed 0 there, 5 now": lambda: train(new_network(), images, config, tmp_path, seed=5),
+        "it began with other weights": lambda: train(
+            new_network().apply(lambda m: m.reset_parameters() if hasattr(m, "weight") else None),
+            images,
+            config,
+            tmp_path,
+        ),
+        "variant 'v3' there, 'v1' now": lambda: train(new_network(variant="v1"), images, config, tmp_path),
+        "stage 'train' there, 'prune' now": lambda: prune(
+            new_network(), images, recipe(epochs=1, pruner="V1"), tmp_path
+        ),
+        "data '": lambda: train(new_network(), darker, config, tmp_path),
+    }.items():
+        with pytest.raises(StudyError, match=f"holds another run .{message}"):
+            attempt()
+
+
+def test_a_checkpoint_that_is_none_of_a_stage_is_refused_in_one_line(images, new_network, recipe, tmp_path):
+    save_checkpoint(tmp_path / CHECKPOINT, {"model/x": torch.zeros(1)}, {"network": {}})
+    with pytest.raises(StudyError, match=r"holds another run .stage None there, 'train' now"):
+        train(new_network(), images, recipe(), tmp_path, progress=False)
+
+
+def test_a_second_process_in_the_folder_is_refused_and_the_first_named(images, new_network, recipe, tmp_path):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from msunet_core.files import lock_folder\n"
+            "with lock_folder(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
+            str(tmp_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(StudyError, match=f"in use by process {holder.pid} since"):
+            train(new_network(), images, recipe(), tmp_path, progress=False)
+        assert not (tmp_path / CHECKPOINT).exists()
+    finally:
+        holder.communicate()
+
+
+# --- what the stage records -------------------------------------------------------------------------------
+
+
+def test_the_last_incomplete_batch_is_dropped(images, new_network, recipe, tmp_path):
+    steps = []
+    config = recipe(epochs=1, batch_size=10)  # 24 images
+    train(
+        new_network(), images, config, tmp_path, progress=lambda done, total, _: steps.append((done, total))
+    )
+    assert steps == [(1, 2), (2, 2)]
+
+
+def test_the_history_and_the_events_tell_the_same_curve(images, new_network, recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Killed):  # whose events of the second epoch must be purged
+        train(new_network(), images, recipe(checkpoint_every=3), tmp_path, progress=stop_at(7, Killed))
+    result = train(new_network(), images, recipe(checkpoint_every=3), tmp_path, progress=False)
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    for name in ("train_loss", "test_top1", "lr", "alpha"):
+        points = {event.step: event.value for event in shown.Scalars(name)}
+        # TensorBoard keeps FP32.
+        assert points == pytest.approx(dict(enumerate(result.history[name])), rel=1e-6), name
+    stored = pd.read_csv(tmp_path / "history.csv")
+    pd.testing.assert_frame_equal(stored, result.history, check_exact=True)
+
+
+def test_a_stage_of_no_epochs_leaves_its_network(images, new_network, recipe, tmp_path):
+    network = new_network()
+    result = train(network, images, recipe(epochs=0), tmp_path, progress=False)
+    loaded, _ = load_checkpoint(result.checkpoint)
+    assert (result.metrics, len(result.history)) == ({}, 0)
+    for name, tensor in new_network().state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_the_pruning_history_reaches_the_targets(images, new_network, recipe, tmp_path):
+    config = recipe(pruner="V2", ramp_epochs=2, opt_level="O2", freeze_ternary=True)
+    result = prune(new_network(), images, config, tmp_path, progress=False)
+    assert list(result.history["target_se"]) == pytest.approx([0.0, 0.9 * 7 / 8, 0.9])
+    # int(s * numel) of each small tensor rounds down, by less than one weight of 32 or more.
+    assert result.history["sparsity_se"].iloc[-1] == pytest.approx(0.9, abs=1 / 32)
+    weight = result.model.blocks[2][0].se.conv_reduce.weight
+    assert (weight == 0).sum().item() == int(0.9 * weight.numel())
+    assert weight.dtype == torch.float32
+
+
+def test_pruning_with_no_pruner_is_refused(images, new_network, recipe, tmp_path):
+    with pytest.raises(StudyError, match="choose V1, V2 or V3"):
+        prune(new_network(), images, recipe(), tmp_path)
+
+
+def test_data_that_do_not_fit_are_refused(images, new_network, recipe, tmp_path):
+    with pytest.raises(StudyError, match="the data have 4 classes, the network 10"):
+        train(new_network(num_classes=10), images, recipe(), tmp_path)
+    with pytest.raises(StudyError, match="batch_size 25 is more than the 24 training images"):
+        train(new_network(), images, recipe(batch_size=25), tmp_path)
+    with pytest.raises(StudyError, match="device 'abacus' cannot be used"):
+        train(new_network(), images, recipe(), tmp_path, device="abacus")
+
+
+# --- faults -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_a_loss_that_is_not_finite_stops_naming_epoch_step_and_layer(
+    images, new_network, recipe, tmp_path, level
+):
+    network = new_network()
+    # `conv_stem` is the second layer's input: the first whose output cannot be finite is bn1.
+    config = recipe(opt_level=level, cutmix_probability=0.0)
+
+    def spoil(done, total, text):
+        if done == 4:
+            network.bn1.weight.data.fill_(float("inf"))
+
+    with pytest.raises(StudyError) as caught:
+        train(network, images, config, tmp_path, progress=spoil)
+    message = str(caught.value)
+    assert "loss nan at epoch 1, step 1, first bad layer bn1.weight (its weights are not finite)" in message
+    assert "\n" not in message
+    info = read_checkpoint(tmp_path / CHECKPOINT)[1]
+    assert (info["epoch"], info["step"]) == (1, 0)
+    assert message in (tmp_path / "log.txt").read_text()
+    train(new_network(), images, config, tmp_path, progress=False)  # the last good state goes on
+    train(new_network(), images, config, tmp_path / "whole", progress=False)
+    assert_same(tmp_path, tmp_path / "whole")
+
+
+def test_a_loss_that_explodes_names_a_layer_by_its_output(images, new_network, recipe, tmp_path):
+    network = new_network()
+    torch.nn.init.constant_(network.conv_stem.weight, 3e38)
+    with pytest.raises(StudyError, match=r"epoch 0, step 0, first bad layer conv_stem \(its output is not"):
+        train(network, images, recipe(), tmp_path, progress=False)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(images, new_network, recipe, tmp_path):
+    network = new_network()
+
+    def spoil(done, total, text):
+        if done == 6:  # after the last step of the second epoch: no loss shows it any more
+            network.classifier.bias.data.fill_(float("nan"))
+
+    with pytest.raises(StudyError, match=r"classifier.bias is not finite at epoch 2, step 0"):
+        train(network, images, recipe(evaluate_every=3), tmp_path, progress=spoil)
+    assert read_checkpoint(tmp_path / CHECKPOINT)[1]["epoch"] == 1
+
+
+def test_a_loss_scale_that_falls_without_end_stops_the_stage(
+    images, new_network, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("msunet_core.stages.MIN_LOSS_SCALE", 2.0**17)  # above what it starts with
+    with pytest.raises(StudyError, match=r"epoch 0: the loss scale fell to .*lower lr 0.05 or train at O0"):
+        train(new_network(), images, recipe(opt_level="O2"), tmp_path, progress=False)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def can_mount() -> bool:
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        return False
+    probe = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
+    return probe.returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many KiB."""
+    if not can_mount():
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kilobytes: int) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], check=True)
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
+
+
+def test_a_full_disk_gives_one_line_and_the_last_good_state_goes_on(
+    images, new_network, recipe, tmp_path, small_disk
+):
+    train(new_network(), images, recipe(), tmp_path / "whole", progress=False)
+    size = (tmp_path / "whole" / CHECKPOINT).stat().st_size // 1024
+    disk = small_disk(4 * size)
+    filler = disk / "filler"
+
+    def fill(done, total, text):
+        if done == 4:  # one epoch is safe by now
+            with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(StudyError) as caught:
+        train(new_network(), images, recipe(), disk / "run", progress=fill)
+    assert str(caught.value).endswith(
+        "no space left on device; free some space and run the same command again"
+    )
+    assert "\n" not in str(caught.value)
+    filler.unlink()
+    assert read_checkpoint(disk / "run" / CHECKPOINT)[1]["epoch"] == 1
+    train(new_network(), images, recipe(), disk / "run", progress=False)
+    assert_same(disk / "run", tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_written_gives_one_line(images, new_network, recipe, tmp_path, small_disk):
+    disk = small_disk(64)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(StudyError, match=r"cannot write .*read-only.*choose a folder on a writable"):
+        train(new_network(), images, recipe(), disk / "run", progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(StudyError, match=r"cannot write .*file.*choose another"):
+        train(new_network(), images, recipe(), tmp_path / "file" / "run", progress=False)
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_run_folder_that_vanishes_gives_one_line(images, new_network, recipe, tmp_path, step):
+    folder = tmp_path / "run"
+
+    def vanish(done, total, text):
+        if done == step:
+            shutil.rmtree(folder)
+
+    with pytest.raises(StudyError, match=r"cannot write .*run.*does not exist: create it or choose another"):
+        train(new_network(), images, recipe(), folder, progress=vanish)
+    assert not folder.exists()
+
+
+def test_deterministic_mode_is_accepted_on_a_cpu(images, new_network, recipe, tmp_path):
+    train(new_network(), images, recipe(epochs=1), tmp_path / "plain", progress=False)
+    train(new_network(), images, recipe(epochs=1, deterministic=True), tmp_path / "exact", progress=False)
+    plain, exact = contents(tmp_path / "plain"), contents(tmp_path / "exact")
+    assert [name for name in plain if plain[name] != exact[name]] == ["identity"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_deterministic_mode_resumes_bit_for_bit_on_a_gpu(images, new_network, recipe, tmp_path, level):
+    config = recipe(deterministic=True, opt_level=level)
+    train(new_network(), images, config, tmp_path / "whole", device="cuda", progress=False)
+    with pytest.raises(Killed):
+        train(new_network(), images, config, tmp_path / "stopped", device="cuda", progress=stop_at(5, Killed))
+    train(new_network(), images, config, tmp_path / "stopped", device="cuda", progress=False)
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
