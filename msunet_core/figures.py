@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -29,12 +30,13 @@ def show_images(images, titles: Sequence[str] = (), columns: int = 10, title: st
     """
     pictures = [as_picture(image) for image in images]
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.45 * rows + 0.3), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.6 * rows + 0.3), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
         ax.imshow(picture, interpolation="nearest")
-        ax.set_title(titles[i] if i < len(titles) else "", fontsize=8)
+        lines = titles[i].splitlines() if i < len(titles) else []
+        ax.set_title("\n".join(textwrap.fill(line, 14) for line in lines), fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
     return figure
