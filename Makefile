@@ -80,7 +80,7 @@ PARAMETERS := $(strip $(foreach name,PROFILE RUN DATA DEVICE SEED LIMIT VARIANT,
 RECORD := $(RUN_FOLDER)/.parameters
 
 # Everything that a notebook imports. report.py only shows what they left, runner.py only runs them.
-CODE := $(sort $(filter-out %/__main__.py %/runner.py %/report.py,$(shell find msunet_core -name '*.py')))
+CODE := $(sort $(filter-out %/__main__.py %/runner.py %/report.py,$(shell find msunet_core -name '*.py' -o -name '*.cpp')))
 PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/profiles/$(PROFILE).yaml))
 # Images given as an .npz, or as folders: a class folder's time changes with the images in it.
 DATA_FILES := $(if $(filter-out synthetic cifar100,$(DATA)),$(wildcard $(DATA) $(DATA)/* $(DATA)/*/*))

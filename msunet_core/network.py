@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import StudyError, closest
+from .fast import depthwise_conv, norm_act
 from .ternary import ALPHA, WEIGHTS, TernaryConv2d, ternary_scale
 
 STEM_CHANNELS = 64
@@ -59,7 +60,8 @@ def split_channels(channels: int, groups: int) -> list[int]:
 class MixedConv2d(nn.ModuleDict):
     """Consecutive channel groups, one convolution each, outputs concatenated. Children: 0, 1, 2.
 
-    Equal 1x1 parts run as one grouped convolution: the same sums, one pass over memory.
+    Equal 1x1 parts run as one grouped convolution: the same sums, one pass over memory. Depthwise parts read
+    and write their channels where they lie.
     """
 
     def __init__(self, convs: list[nn.Conv2d]):
@@ -71,6 +73,8 @@ class MixedConv2d(nn.ModuleDict):
         convs = list(self.values())
         if self.one_grouped:
             return self._grouped(x, convs)
+        if (y := depthwise_conv(convs, x)) is not None:
+            return y
         parts = x.split(self.in_parts, dim=1)
         return torch.cat([conv(part) for conv, part in zip(convs, parts, strict=True)], dim=1)
 
@@ -112,9 +116,8 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.bn1(self.conv_dw(x)))
-        y = self.bn2(self.conv_pw(y))
-        return x + y if self.has_skip else y
+        y = norm_act(self.bn1, self.act, run_depthwise(self.conv_dw, x))
+        return norm_act(self.bn2, None, self.conv_pw(y), skip=x if self.has_skip else None)
 
 
 class InvertedResidual(nn.Module):
@@ -135,10 +138,16 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act1(self.bn1(self.conv_pw(x)))
-        y = self.act2(self.bn2(self.conv_dw(y)))
-        y = self.bn3(self.conv_pwl(self.se(y)))
-        return x + y if self.has_skip else y
+        y = norm_act(self.bn1, self.act1, self.conv_pw(x))
+        y = norm_act(self.bn2, self.act2, run_depthwise(self.conv_dw, y))
+        return norm_act(self.bn3, None, self.conv_pwl(self.se(y)), skip=x if self.has_skip else None)
+
+
+def run_depthwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)`` of what :func:`depthwise` made."""
+    if isinstance(conv, MixedConv2d) or (y := depthwise_conv([conv], x)) is None:
+        return conv(x)
+    return y
 
 
 def depthwise(channels: int, kernels: tuple[int, ...], stride: int) -> nn.Module:
@@ -176,9 +185,9 @@ class MSUNet(nn.Module):
         self.classifier = nn.Linear(head, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv_stem(x)))
+        x = norm_act(self.bn1, self.act1, self.conv_stem(x))
         x = self.blocks(x)
-        x = self.act2(self.bn2(self.conv_head(x)))
+        x = norm_act(self.bn2, self.act2, self.conv_head(x))
         return self.classifier(self.global_pool(x).flatten(1))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from msunet_core import evaluate, load_checkpoint, score
 from msunet_core.ablations import BASELINE, ROWS, Row, run_ablations
+from msunet_core.data import save_npz
 from msunet_core.stages import CHECKPOINT
 from msunet_core.study import Study
 
@@ -13,14 +14,11 @@ from msunet_core.study import Study
 @pytest.fixture
 def study(images, tmp_path, monkeypatch):
     monkeypatch.setenv("MSUNET_RUNS", str(tmp_path))
-    tiny = [
-        f"{stage}.{change}"
-        for stage in ("ablation", "ablation_prune")
-        for change in ("epochs=1", "batch_size=8")
-    ]
-    study = Study("smoke", run="tiny", device="cpu", overrides=" ".join((*tiny, "ablation_width=0.0625")))
-    study._data = images
-    return study
+    save_npz(images, tmp_path / "images.npz")
+    tiny = "ablation_width=0.0625"
+    for stage in ("ablation", "ablation_prune"):
+        tiny += f" {stage}.epochs=1 {stage}.batch_size=8"
+    return Study("smoke", data=str(tmp_path / "images.npz"), run="tiny", device="cpu", overrides=tiny)
 
 
 def test_every_choice_of_the_study_has_its_rows():

@@ -227,6 +227,7 @@ def test_a_truncated_file_is_refused(published_state, tmp_path, zipped):
         refusal(path)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_zip_is_found_or_changes_nothing(published_state, tmp_path):
     path = write(tmp_path / "flipped.pth.tar", {"state_dict": published_state})
     content = path.read_bytes()
@@ -361,6 +362,7 @@ print("grown:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - small)
 """
 
 
+@pytest.mark.slow
 def test_what_a_file_claims_is_not_allocated(published_state, tmp_path):
     """In a process of its own, whose memory's peak is measured."""
     paths = []

@@ -18,6 +18,7 @@ ORDER = [
     "augment",
     "cutmix",
     "ternary",
+    "fast",
     "network",
     "precision",
     "pruning",

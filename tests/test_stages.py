@@ -80,7 +80,9 @@ def whole_runs(tmp_path_factory) -> dict:
     [(2, signal.SIGTERM), (3, signal.SIGINT), (5, Killed), (9, signal.SIGTERM)],
     ids=["SIGTERM-in-an-epoch", "Ctrl-C-at-its-last-step", "killed", "SIGTERM-at-the-very-last-step"],
 )
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "prune-O2" else pytest.mark.slow) for kind in STAGES]
+)
 def test_a_stopped_stage_ends_bit_for_bit_as_one_never_stopped(
     images, new_network, recipe, tmp_path, whole_runs, kind, step, how
 ):
@@ -154,6 +156,7 @@ def test_with_no_good_checkpoint_left_the_stage_says_so(images, new_network, rec
         train(new_network(), images, recipe(), tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_killed_while_the_checkpoint_is_written_the_last_one_is_used(
     images, new_network, recipe, tmp_path, monkeypatch
 ):

@@ -1,0 +1,318 @@
+"""The fused CPU kernels compute what plain PyTorch computes, and stand back where they do not apply."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msunet_core import apply_opt_level, build_msunet, fast, score
+from msunet_core.network import split_channels
+
+ROOT = Path(__file__).parent.parent
+needs_kernels = pytest.mark.skipif(not fast.enabled(), reason="no C++ compiler or no x86-64 with AVX2")
+ACTS = {"none": None, "relu": nn.ReLU(), "silu": nn.SiLU()}
+# Relative to the largest element: FP32 sums of up to some thousand terms, against FP64.
+FP32 = 2e-6
+# FP16 has 11 bits: half of the last one for the result, and as much for the value before the activation.
+FP16 = 1e-3
+
+
+def pixels(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def deviation(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)).item()
+
+
+def assert_close(ours: dict[str, Tensor], exact: dict[str, Tensor], bound: float) -> None:
+    assert ours.keys() == exact.keys()
+    found = {name: deviation(tensor, exact[name]) for name, tensor in ours.items()}
+    assert max(found.values()) < bound, found
+
+
+def new_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    nn.init.uniform_(norm.bias, -1.0, 1.0)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return norm
+
+
+def norm_step(
+    norm: nn.BatchNorm2d, act: nn.Module | None, x: Tensor, skip: Tensor | None
+) -> dict[str, Tensor]:
+    """Outputs, gradients and running statistics of norm_act; `norm` and the inputs are left alone."""
+    norm = copy.deepcopy(norm).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.clone().requires_grad_()
+    skip = None if skip is None else skip.clone().requires_grad_()
+    y = fast.norm_act(norm, act, x, skip)
+    y.backward(pixels(*x.shape, seed=9).to(x.dtype))
+    found = {"y": y.detach(), "dx": x.grad, "dweight": norm.weight.grad, "dbias": norm.bias.grad}
+    if skip is not None:
+        found["dskip"] = skip.grad
+    return found | {"mean": norm.running_mean, "var": norm.running_var, "batches": norm.num_batches_tracked}
+
+
+@needs_kernels
+@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("shape", [(4, 1, 5, 3), (3, 3, 7, 9), (1, 13, 6, 6), (5, 16, 4, 4), (2, 106, 8, 8)])
+def test_norm_and_activation_equal_the_plain_form(shape, act, with_skip):
+    # Far from zero, where a variance by E[x^2] - E[x]^2 would lose its digits.
+    x, norm = pixels(*shape) + 10, new_norm(shape[1])
+    x = x.contiguous(memory_format=torch.channels_last)
+    skip = pixels(*shape, seed=1) if with_skip else None
+    ours = norm_step(norm, ACTS[act], x, skip)
+    with fast.plain():
+        exact = norm_step(norm, ACTS[act], x.double(), None if skip is None else skip.double())
+    # The mean of 10 standard deviations costs one digit of x * scale + shift.
+    assert_close(ours, exact, 10 * FP32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("act", ACTS)
+def test_half_precision_rounds_where_the_plain_form_does(act):
+    x, norm = pixels(3, 21, 6, 6, dtype=torch.float16), new_norm(21)
+    skip = pixels(3, 21, 6, 6, seed=1, dtype=torch.float16)
+    ours = norm_step(norm, ACTS[act], x, skip)
+    assert ours["y"].dtype == ours["dx"].dtype == torch.float16
+    with fast.plain():
+        exact = norm_step(norm, ACTS[act], x.double(), skip.double())
+    assert_close(ours, exact, 2 * FP16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_eval_mode_uses_and_keeps_the_running_statistics(act, dtype):
+    norm, x = new_norm(13).eval(), pixels(2, 13, 5, 5, dtype=dtype)
+    norm.to(dtype)
+    before = copy.deepcopy(norm.state_dict())
+    ours = fast.norm_act(norm, ACTS[act], x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+    with fast.plain():
+        exact = fast.norm_act(norm.double(), ACTS[act], x.double())
+    assert deviation(ours, exact) < (FP32 if dtype == torch.float32 else FP16)
+
+
+def conv_step(convs: list[nn.Conv2d], x: Tensor) -> dict[str, Tensor]:
+    convs = copy.deepcopy(convs)
+    x = x.clone().requires_grad_()
+    y = fast.depthwise_conv(convs, x)
+    assert y is not None
+    y.backward(pixels(*y.shape, seed=9).to(x.dtype))
+    return {"y": y.detach(), "dx": x.grad} | {f"dw{i}": conv.weight.grad for i, conv in enumerate(convs)}
+
+
+def exact_conv_step(convs: list[nn.Conv2d], x: Tensor) -> dict[str, Tensor]:
+    convs = [copy.deepcopy(conv).double() for conv in convs]
+    x = x.double().requires_grad_()
+    parts = x.split([conv.in_channels for conv in convs], dim=1)
+    y = torch.cat([conv(part) for conv, part in zip(convs, parts, strict=True)], dim=1)
+    y.backward(pixels(*y.shape, seed=9).double())
+    return {"y": y.detach(), "dx": x.grad} | {f"dw{i}": conv.weight.grad for i, conv in enumerate(convs)}
+
+
+def depthwise_convs(channels: int, kernels: tuple[int, ...], stride: int) -> list[nn.Conv2d]:
+    parts = split_channels(channels, len(kernels))
+    return [
+        nn.Conv2d(part, part, k, stride, padding=k // 2, groups=part, bias=False)
+        for part, k in zip(parts, kernels, strict=True)
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 9), (16, 16)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("channels", "kernels"), [(1, (3,)), (3, (7,)), (13, (5,)), (40, (3, 5, 7)), (106, (7,)), (32, (3, 5))]
+)
+def test_depthwise_convolution_equals_the_plain_form(channels, kernels, stride, size):
+    convs, x = depthwise_convs(channels, kernels, stride), pixels(3, channels, *size)
+    assert_close(conv_step(convs, x), exact_conv_step(convs, x), FP32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [1, 70])  # 70: more images than parts of a sum
+def test_any_batch_is_summed_whole(batch):
+    convs, x = depthwise_convs(5, (3, 5), 2), pixels(batch, 5, 6, 6)
+    assert_close(conv_step(convs, x), exact_conv_step(convs, x), FP32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolution_of_halves_sums_in_fp32(stride):
+    convs = [conv.half() for conv in depthwise_convs(40, (3, 5, 7), stride)]
+    x = pixels(3, 40, 9, 9, dtype=torch.float16)
+    ours = conv_step(convs, x)
+    assert all(tensor.dtype == torch.float16 for tensor in ours.values())
+    assert_close(ours, exact_conv_step(convs, x), FP16)
+
+
+@needs_kernels
+def test_a_frozen_weight_gets_no_gradient():
+    convs, x = depthwise_convs(8, (3,), 1), pixels(2, 8, 4, 4).requires_grad_()
+    convs[0].weight.requires_grad_(False)
+    fast.depthwise_conv(convs, x).sum().backward()
+    assert convs[0].weight.grad is None and x.grad is not None
+
+
+@needs_kernels
+def test_nan_passes_through():
+    x = pixels(2, 4, 3, 3)
+    x[0, 1, 1, 1] = float("nan")
+    for act in ACTS.values():
+        y = fast.norm_act(nn.BatchNorm2d(4), act, x)
+        assert y[:, 1].isnan().all() and y[:, [0, 2, 3]].isfinite().all()
+
+
+@needs_kernels
+def test_the_same_bits_each_time_and_with_any_number_of_threads():
+    convs, norm = depthwise_convs(40, (3, 5, 7), 2), new_norm(40)
+    x = pixels(7, 40, 12, 12)
+    found = []
+    try:
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                conv_step(convs, x) | {f"n{k}": t for k, t in norm_step(norm, nn.SiLU(), x, x).items()}
+            )
+    finally:
+        torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
+
+
+# --- the network -----------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model = copy.deepcopy(model)
+    loss = F.cross_entropy(model(images.to(model.classifier.weight.dtype)), labels)
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    return loss.detach(), {**grads, **buffers}
+
+
+@needs_kernels
+def test_a_training_step_is_as_exact_as_the_plain_one():
+    model, images, labels = build_msunet(width=0.125), pixels(16, 3, 32, 32), torch.arange(16)
+    ours = gradients(model, images, labels)
+    with fast.plain():
+        plain = gradients(model, images, labels)
+        exact = gradients(copy.deepcopy(model).double(), images, labels)
+    assert ours[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
+    # The bias of a norm that another norm follows with nothing but linear layers between has gradient 0.
+    names = [name for name, tensor in exact[1].items() if tensor.norm() > 1e-10]
+    assert len(names) > len(exact[1]) - 12
+    errors = [
+        max(((found[name] - exact[1][name]).norm() / exact[1][name].norm()).item() for name in names)
+        for found in (ours[1], plain[1])
+    ]
+    # A value near a ReLU's kink may fall on either side, in either form; so their errors, not their digits.
+    assert errors[0] < max(2 * errors[1], 1e-3), errors
+
+
+@needs_kernels
+def test_half_precision_networks_agree_with_the_plain_form():
+    images = pixels(8, 3, 32, 32)
+    for level in ("O2", "O3"):
+        model = apply_opt_level(build_msunet(width=0.125).eval(), level)
+        with torch.no_grad():
+            ours = model(images)
+            with fast.plain():
+                plain = model(images)
+        # Some 40 roundings to FP16 on the way, at other places.
+        torch.testing.assert_close(ours, plain, rtol=0.03, atol=0.03 * plain.abs().max().item())
+
+
+def test_the_score_is_the_same_and_its_hooks_see_every_module():
+    model = build_msunet(width=0.125)
+    ours = score(model, "O3")
+    with fast.plain():
+        plain = score(model, "O3")
+    assert ours.layers.equals(plain.layers)
+
+
+# --- where the kernels do not apply ----------------------------------------------------------
+
+
+@needs_kernels
+def test_other_tensors_take_the_plain_form():
+    norm, relu = new_norm(8), nn.ReLU()
+    fused = pixels(2, 8, 4, 4)
+    assert "NormAct" in fast.norm_act(norm, relu, fused).grad_fn.name()
+    for x in (fused.contiguous(), fused[..., 1:], fused.double()):
+        norm.to(x.dtype)
+        assert "NormAct" not in fast.norm_act(norm, relu, x).grad_fn.name()
+    convs = depthwise_convs(8, (3,), 1)
+    assert fast.depthwise_conv(convs, fused.contiguous()) is None
+    assert fast.depthwise_conv([nn.Conv2d(8, 8, 3, padding=1)], fused) is None
+    assert fast.depthwise_conv(depthwise_convs(8, (9,), 1), fused) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("watched", [0, 1])
+def test_a_hook_sees_its_module_called(watched):
+    modules, seen = (new_norm(4), nn.ReLU()), []
+    modules[watched].register_forward_hook(lambda *_: seen.append(1))
+    fast.norm_act(*modules, pixels(2, 4, 3, 3))
+    conv = depthwise_convs(4, (3,), 1)[0]
+    conv.register_forward_pre_hook(lambda *_: None)
+    assert seen == [1]
+    assert fast.depthwise_conv([conv], pixels(2, 4, 3, 3)) is None
+
+
+def test_one_value_a_channel_is_refused_as_pytorch_does():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fast.norm_act(nn.BatchNorm2d(4), None, pixels(1, 4, 1, 1))
+
+
+def run_in_new_process(**environment: str) -> str:
+    code = (
+        "import torch; from msunet_core import build_msunet, fast; torch.manual_seed(0);"
+        "print(fast.enabled(), build_msunet(width=0.0625)(torch.randn(2, 3, 32, 32)).shape)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_without_a_compiler_the_study_still_runs(tmp_path):
+    alone = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    assert run_in_new_process(**alone) == "False torch.Size([2, 100])"
+
+
+@pytest.mark.parametrize("fault", ["switched off", "failing", "no cache"])
+def test_without_kernels_the_plain_form_runs(fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if fault == "switched off":
+        monkeypatch.setenv("MSUNET_FAST", "0")
+    elif fault == "failing":
+        (tmp_path / "c++").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    else:
+        (tmp_path / "msunet").write_text("a file where the folder should be")
+    fast.library.cache_clear()
+    try:
+        assert not fast.enabled()
+        assert "NormAct" not in fast.norm_act(new_norm(4), None, pixels(2, 4, 3, 3)).grad_fn.name()
+    finally:
+        fast.library.cache_clear()
