@@ -162,6 +162,9 @@ test: lint ## ruff, all tests, and every notebook against its stored outputs
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 test-fast: lint ## ruff and the quick tests, in under a minute
 	$(PY) -m pytest -q -m "not slow"
+.PHONY: faults
+faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 1,000 files, crafted pickles, full disks
+	@$(PY) tests/faults.py
 lint: $(ENVIRONMENT) ## ruff, rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -169,6 +172,10 @@ lab: $(ENVIRONMENT) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 notebooks: $(ENVIRONMENT) ## execute the committed notebooks in place: smoke profile, default parameters
 	@$(FRESH_RUNS) $(PY) -m msunet_core.runner refresh notebooks/*.ipynb
+
+.PHONY: bench
+bench: $(ENVIRONMENT) ## time the released way and ours side by side [BENCH=--quick]; writes runs/bench/bench.json
+	@$(PY) benchmarks/bench.py $(BENCH)
 
 .PHONY: clean help FORCE
 clean: ## remove the folder of RUN and the tools' caches; data/ and .venv stay

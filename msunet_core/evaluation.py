@@ -92,9 +92,11 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
         raise StudyError(
             "class scores are not finite (NaN or Inf): the network is broken; evaluate another checkpoint"
         )
-    # A rank, not topk: a class that others equal comes after them, so whoever cannot tell is not right.
+    # A rank, not topk: equal scores count in class order on every machine, so a constant network is right
+    # about one class only. Ties are real at O3, where scores have 11 bits.
     own = scores.gather(1, labels[:, None])
-    rank = (scores >= own).sum(1) - 1
+    earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
     return {
         "top1": 100.0 * (rank < 1).double().mean().item(),
         "top5": 100.0 * (rank < 5).double().mean().item(),

@@ -1,4 +1,4 @@
-"""The CPU's hot spots as fused kernels: batch norm with its activation, and depthwise convolution.
+"""The CPU's hot spots as fused kernels: batch norm, activation, depthwise convolution, squeeze-excitation.
 
 PyTorch computes them well but one by one: batch norm and activation each pass over tensors that fit no
 cache, and the weight gradient of a 5x5 or 7x7 depthwise convolution takes several times its forward pass.
@@ -39,13 +39,20 @@ COMPILE_SECONDS = 120
 
 ACTS = {type(None): 0, nn.ReLU: 1, nn.SiLU: 2}
 KERNELS, STRIDES = (3, 5, 7), (1, 2)
+# As in kernels.cpp: channels in a vector, rows of Affine, and SUMS.
+LANES, AFFINE, SUMS = 16, 6, 5
 
-# C signature of each function of kernels.cpp: p pointer, i int, l long, f float.
+# C signature of each function of kernels.cpp, without the last argument, the threads: p pointer, i int,
+# l long, f float.
 SIGNATURES = {
-    "msunet_norm_forward": "iiipppllppppffpi",
-    "msunet_norm_backward": "iipppllpppppi",
-    "msunet_conv_forward": "iiippplllllllli",
-    "msunet_conv_backward": "iiippppplllllllli",
+    "moments": "iplllp",
+    "norm": "pllppppffp",
+    "apply": "iippppplllp",
+    "sums": "iipplllpip",
+    "combine": "ppplllppp",
+    "norm_gradient": "iippplllp",
+    "conv_forward": "iiilpppppllllllpppp",
+    "conv_backward": "iiilpppppppllllllpppppp",
 }
 C_TYPES = {"p": c_void_p, "i": c_int, "l": c_long, "f": c_float}
 
@@ -77,12 +84,12 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had, for a reason that is logged once."""
     try:
         loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+        for name, signature in SIGNATURES.items():
+            function = getattr(loaded, f"msunet_{name}")
+            function.argtypes, function.restype = [C_TYPES[letter] for letter in signature + "i"], None
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.info("no fast CPU kernels, PyTorch's own are used: %s", str(error).splitlines()[0])
         return None
-    for name, signature in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [C_TYPES[letter] for letter in signature], None
     return loaded
 
 
@@ -153,10 +160,19 @@ def _is_watched(module: nn.Module | None) -> bool:
 
 def _call(name: str, *arguments) -> None:
     given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    getattr(library(), name)(*given, torch.get_num_threads())
+    getattr(library(), f"msunet_{name}")(*given, torch.get_num_threads())
 
 
-def _like_pixels(x: Tensor) -> Tensor:
+def _is_half(x: Tensor) -> bool:
+    return x.dtype == torch.float16
+
+
+def _as_pixels(x: Tensor) -> tuple[int, int, int]:
+    """Images, pixels of each, channels."""
+    return x.shape[0], x.shape[2] * x.shape[3], x.shape[1]
+
+
+def _in_pixels(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -172,90 +188,118 @@ def norm_act(norm: nn.BatchNorm2d, act: nn.Module | None, x: Tensor, skip: Tenso
     act : ``nn.ReLU``, ``nn.SiLU`` or None
     x, skip : (B, C, H, W)
     """
-    if not _norm_is_served(norm, act, x, skip):
+    skip_fits = skip is None or (skip.shape == x.shape and skip.dtype == x.dtype and _serves(skip))
+    if not (skip_fits and _fits(norm, act, x.numel() // x.shape[1]) and _serves(x, norm, act)):
         y = norm(x)
         y = y if act is None else act(y)
         return y if skip is None else y + skip
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    if norm.weight.dtype == torch.float32:
-        state = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    else:  # O3, eval mode only
-        state = [t.float() for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
-    return _NormAct.apply(x, skip, *state, norm.training, norm.momentum, norm.eps, ACTS[type(act)])
+    return _NormAct.apply(x, skip, norm, ACTS[type(act)], norm.weight, norm.bias)
 
 
-def _norm_is_served(norm: nn.BatchNorm2d, act: nn.Module | None, x: Tensor, skip: Tensor | None) -> bool:
+def _fits(norm: nn.Module, act: nn.Module | None, values: int) -> bool:
+    """Whether the kernels know this norm and activation; ``values`` of each channel."""
     return (
         type(norm) is nn.BatchNorm2d
         and type(act) in ACTS
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and norm.num_features == x.shape[1]
-        and (skip is None or (skip.shape == x.shape and skip.dtype == x.dtype and _serves(skip)))
-        # Training needs more than one value a channel, which PyTorch refuses in its own words; gradients
-        # through running statistics are nothing that the study computes.
+        # A single value has no variance, which PyTorch refuses in its own words; gradients through running
+        # statistics are nothing that the study computes.
         and (
-            (norm.weight.dtype == torch.float32 and x.numel() > x.shape[1])
+            (norm.weight.dtype == torch.float32 and values > 1)
             if norm.training
             else not torch.is_grad_enabled()
         )
-        and _serves(x, norm, act)
     )
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Mean and sum of squared deviations of each channel, float64 (2, C)."""
+    moments = torch.empty(2, x.shape[1], dtype=torch.float64)
+    _call("moments", _is_half(x), x, *_as_pixels(x), moments)
+    return moments
+
+
+def _norm(norm: nn.BatchNorm2d, moments: Tensor | None, values: int) -> Tensor:
+    """The norm as the kernels use it (``Affine``); moments of a batch enter its running statistics."""
+    channels = norm.num_features
+    affine = torch.zeros(AFFINE, _padded(channels))
+    # Halves (O3) are only read.
+    state = [
+        t.float() for t in (norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
+    ]
+    _call("norm", moments, values, channels, *state, norm.momentum, norm.eps, affine)
+    if moments is not None:
+        norm.num_batches_tracked.add_(1)
+    return affine
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
+def _sums(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), SUMS, _padded(x.shape[1]))
+
+
+def _combine(sums: Tensor, gate: Tensor | None, dpooled: Tensor | None, x: Tensor, affine: Tensor):
+    """Gradients of the norm's weight and bias; completes ``affine`` for the gradient of ``x``."""
+    dweight, dbias = torch.empty(2, x.shape[1]).unbind()
+    _call("combine", sums, gate, dpooled, *_as_pixels(x), affine, dweight, dbias)
+    return dweight, dbias
 
 
 class _NormAct(Function):
     @staticmethod
-    def forward(ctx, x, skip, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    def forward(ctx, x, skip, norm, act, weight, bias):
+        values = x.numel() // x.shape[1]
+        affine = _norm(norm, _moments(x) if norm.training else None, values)
         y = torch.empty_like(x)
-        channels = x.shape[1]
-        rows = x.numel() // channels
-        saved = weight.new_empty(2 * channels)
-        is_half = x.dtype == torch.float16
-        _call(
-            *("msunet_norm_forward", is_half, act, training, x, skip, y, rows, channels),
-            *(weight, bias, running_mean, running_var, momentum, eps, saved),
-        )
-        ctx.save_for_backward(x, weight, bias, saved)
+        _call("apply", _is_half(x), act, x, skip, None, y, None, *_as_pixels(x), affine)
+        ctx.save_for_backward(x, affine)
         ctx.act = act
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, bias, saved = ctx.saved_tensors
-        dy = _like_pixels(dy)
-        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        channels = x.shape[1]
-        is_half = x.dtype == torch.float16
-        _call(
-            *("msunet_norm_backward", is_half, ctx.act, dy, x, dx, x.numel() // channels, channels),
-            *(weight, bias, saved, dweight, dbias),
-        )
-        return dx, dy if ctx.needs_input_grad[1] else None, dweight, dbias, *[None] * 6
+        x, affine = ctx.saved_tensors
+        dy, dx, sums = _in_pixels(dy), torch.empty_like(x), _sums(x)
+        _call("sums", _is_half(x), ctx.act, dy, x, *_as_pixels(x), affine, False, sums)
+        dweight, dbias = _combine(sums, None, None, x, affine)
+        _call("norm_gradient", _is_half(x), ctx.act, dy, x, dx, *_as_pixels(x), affine)
+        return dx, dy if ctx.needs_input_grad[1] else None, None, None, dweight, dbias
 
 
 # --- depthwise convolution -------------------------------------------------------------------
 
 
-def depthwise_conv(convs: list[nn.Conv2d], x: Tensor) -> Tensor | None:
-    """Depthwise convolutions of consecutive channel groups of ``x``, outputs concatenated.
+def depthwise_conv(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)`` of a depthwise convolution, or of several over consecutive channel groups of ``x``.
 
-    Groups are read from and written to where they lie. None where the kernels do not apply.
+    Groups are read from and written to where they lie.
     """
-    if not all(_is_depthwise(conv, x.dtype) for conv in convs) or not _serves(x, *convs):
-        return None
-    if sum(conv.in_channels for conv in convs) != x.shape[1] or len({conv.stride for conv in convs}) != 1:
-        return None
+    convs = list(conv.children()) or [conv]
+    if not (_are_depthwise(convs, x) and _serves(x, conv, *convs)):
+        return conv(x)
     return _Depthwise.apply(x, convs[0].stride[0], *[conv.weight for conv in convs])
 
 
+def _are_depthwise(convs: list[nn.Module], x: Tensor) -> bool:
+    return (
+        all(_is_depthwise(conv, x.dtype) for conv in convs)
+        and sum(conv.in_channels for conv in convs) == x.shape[1]
+        and len({conv.stride for conv in convs}) == 1
+    )
+
+
 def _is_depthwise(conv: nn.Module, dtype: torch.dtype) -> bool:
+    if type(conv) is not nn.Conv2d:
+        return False
     k, s = conv.kernel_size[0], conv.stride[0]
     return (
-        type(conv) is nn.Conv2d
-        and conv.in_channels == conv.out_channels == conv.groups
+        conv.in_channels == conv.out_channels == conv.groups
         and conv.weight.dtype == dtype
         and conv.kernel_size == (k, k)
         and k in KERNELS
@@ -268,19 +312,52 @@ def _is_depthwise(conv: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
+def _empty_output(x: Tensor, stride: int) -> Tensor:
+    size = [(n - 1) // stride + 1 for n in x.shape[2:]]
+    return torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+class _Weights:
+    """The kernels of some convolutions as C arrays; keeps alive what these point to."""
+
+    def __init__(self, weights: tuple[Tensor, ...]):
+        self.tensors = [weight.detach().float().contiguous() for weight in weights]
+        count = len(weights)
+        self.arguments = (
+            count,
+            (c_long * count)(*[weight.shape[-1] for weight in weights]),
+            (c_long * count)(*[len(weight) for weight in weights]),
+            (c_void_p * count)(*[tensor.data_ptr() for tensor in self.tensors]),
+        )
+
+
+def _convolve(x, y, stride, weights, act=0, before=None, after=None, moments=None, pooled=None) -> None:
+    packed = _Weights(weights)
+    shape = len(x), *x.shape[2:], *y.shape[2:], x.shape[1]
+    norms = before, after, moments, pooled
+    _call("conv_forward", _is_half(x), act, stride, *packed.arguments, x, y, *shape, *norms)
+
+
+def _convolve_back(
+    dy, y, x, dx, stride, weights, trained, act=0, before=None, after=None, gate=None, dpooled=None, sums=None
+) -> list[Tensor | None]:
+    """Gradients of the weights; that of the input goes to ``dx``."""
+    packed = _Weights(weights)
+    shape = len(x), *x.shape[2:], *dy.shape[2:], x.shape[1]
+    dweights = [
+        torch.empty(w.shape) if is_trained else None for w, is_trained in zip(weights, trained, strict=True)
+    ]
+    pointers = (c_void_p * len(weights))(*[None if d is None else d.data_ptr() for d in dweights])
+    given = before, after, gate, dpooled, sums, pointers
+    _call("conv_backward", _is_half(x), act, stride, *packed.arguments, dy, y, x, dx, *shape, *given)
+    return [None if d is None else d.to(w.dtype) for d, w in zip(dweights, weights, strict=True)]
+
+
 class _Depthwise(Function):
     @staticmethod
     def forward(ctx, x, stride, *weights):
-        count, channels, height, width = x.shape
-        size = (height - 1) // stride + 1, (width - 1) // stride + 1
-        y = torch.empty(count, channels, *size, dtype=x.dtype, memory_format=torch.channels_last)
-        first = 0
-        for weight in weights:
-            _call(
-                *("msunet_conv_forward", x.dtype == torch.float16, weight.shape[-1], stride, x, y),
-                *(weight.float().contiguous(), count, height, width, *size, channels, first, len(weight)),
-            )
-            first += len(weight)
+        y = _empty_output(x, stride)
+        _convolve(x, y, stride, weights)
         ctx.save_for_backward(x, *weights)
         ctx.stride = stride
         return y
@@ -289,26 +366,111 @@ class _Depthwise(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
-        dy = _like_pixels(dy)
-        count, channels, height, width = x.shape
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweights, first = [], 0
-        for weight, is_trained in zip(weights, ctx.needs_input_grad[2:], strict=True):
-            dweight = weight.new_empty(weight.shape, dtype=torch.float32) if is_trained else None
-            _call(
-                *("msunet_conv_backward", x.dtype == torch.float16, weight.shape[-1], ctx.stride, dy, x, dx),
-                *(
-                    weight.float().contiguous(),
-                    dweight,
-                    count,
-                    height,
-                    width,
-                    *dy.shape[2:],
-                    channels,
-                    first,
-                    len(weight),
-                ),
-            )
-            dweights.append(dweight if dweight is None else dweight.to(weight.dtype))
-            first += len(weight)
+        trained = ctx.needs_input_grad[2:]
+        dweights = _convolve_back(_in_pixels(dy), None, x, dx, ctx.stride, weights, trained)
         return dx, None, *dweights
+
+
+# --- the middle of an inverted residual ------------------------------------------------------
+
+
+def depthwise_stage(
+    norm1: nn.BatchNorm2d,
+    act1: nn.Module,
+    conv: nn.Module,
+    norm2: nn.BatchNorm2d,
+    act2: nn.Module,
+    se: nn.Module,
+    x: Tensor,
+) -> Tensor:
+    """``se(act2(norm2(conv(act1(norm1(x))))))``: what lies between the two 1x1 convolutions.
+
+    In training nothing between x, the convolution's output and the result is written to memory, and
+    nothing else is kept for the backward pass, which computes it again row by row.
+
+    Parameters
+    ----------
+    conv : depthwise, or several over consecutive channel groups
+    se : squeeze-excitation with a method ``excite`` (pooled (B, C, 1, 1) -> gate), or ``nn.Identity``
+    """
+    convs = list(conv.children()) or [conv]
+    stride = convs[0].stride[0]
+    outputs = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    served = (
+        type(act1) is type(act2)
+        and norm1.training == norm2.training
+        and _fits(norm1, act1, x.numel() // x.shape[1])
+        and _fits(norm2, act2, outputs)
+        and _are_depthwise(convs, x)
+        and _serves(x, norm1, act1, conv, *convs, norm2, act2, *se.modules())
+    )
+    if not served:
+        return se(norm_act(norm2, act2, depthwise_conv(conv, norm_act(norm1, act1, x))))
+    excite = None if isinstance(se, nn.Identity) else se.excite
+    weights = [conv.weight for conv in convs]
+    if not norm1.training:
+        return _stage_in_eval(norm1, ACTS[type(act1)], weights, stride, norm2, excite, x)
+    norms = norm1.weight, norm1.bias, norm2.weight, norm2.bias
+    parts = norm1, ACTS[type(act1)], stride, len(weights), norm2, excite
+    return _Stage.apply(x, parts, *norms, *weights, *se.parameters())
+
+
+def _stage_in_eval(norm1, act, weights, stride, norm2, excite, x) -> Tensor:
+    y = _empty_output(x, stride)
+    pooled = None if excite is None else torch.empty(x.shape[:2])
+    before, after = _norm(norm1, None, 0), _norm(norm2, None, 0)
+    _convolve(x, y, stride, weights, act, before, after, pooled=pooled)
+    return y if excite is None else y.mul_(excite(pooled.to(x.dtype)[:, :, None, None]))
+
+
+class _Stage(Function):
+    @staticmethod
+    def forward(ctx, x, parts, weight1, bias1, weight2, bias2, *rest):
+        norm1, act, stride, count, norm2, excite = parts
+        weights = rest[:count]
+        y = _empty_output(x, stride)
+        moments = torch.empty(2, x.shape[1], dtype=torch.float64)
+        before = _norm(norm1, _moments(x), x.numel() // x.shape[1])
+        _convolve(x, y, stride, weights, act, before, moments=moments)
+        after = _norm(norm2, moments, y.numel() // y.shape[1])
+        gate = None
+        if excite is not None:
+            pooled = torch.empty(x.shape[:2])
+            _call("apply", _is_half(y), act, y, None, None, None, pooled, *_as_pixels(y), after)
+            # A graph of its own: the mean comes from a kernel, and its gradient goes into one.
+            ctx.pooled = pooled.to(x.dtype)[:, :, None, None].requires_grad_()
+            with torch.enable_grad():
+                ctx.gate = excite(ctx.pooled)
+            gate = ctx.gate.detach().float().contiguous()
+        result = torch.empty_like(y)
+        _call("apply", _is_half(y), act, y, None, gate, result, None, *_as_pixels(y), after)
+        ctx.save_for_backward(x, y, before, after, gate, *rest)
+        ctx.act, ctx.stride, ctx.count = act, stride, count
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, y, before, after, gate, *rest = ctx.saved_tensors
+        weights, se_weights = rest[: ctx.count], rest[ctx.count :]
+        trained, se_trained = ctx.needs_input_grad[6 : 6 + ctx.count], ctx.needs_input_grad[6 + ctx.count :]
+        dy, sums, dpooled = _in_pixels(dy), _sums(y), None
+        _call("sums", _is_half(y), ctx.act, dy, y, *_as_pixels(y), after, gate is not None, sums)
+        se_grads: list[Tensor | None] = [None] * len(se_weights)
+        if gate is not None:
+            dgate = sums[:, 0, : y.shape[1], None, None].to(y.dtype)
+            wanted = [i for i, is_trained in enumerate(se_trained) if is_trained]
+            found = torch.autograd.grad(ctx.gate, [ctx.pooled, *(se_weights[i] for i in wanted)], dgate)
+            dpooled = (found[0].float() / (y.shape[2] * y.shape[3])).contiguous()
+            for i, grad in zip(wanted, found[1:], strict=True):
+                se_grads[i] = grad
+        dweight2, dbias2 = _combine(sums, gate, dpooled, y, after)
+        dx, sums = torch.empty_like(x), _sums(x)
+        dweights = _convolve_back(
+            *(dy, y, x, dx, ctx.stride, weights, trained),
+            *(ctx.act, before, after, gate, dpooled, sums),
+        )
+        dweight1, dbias1 = _combine(sums, None, None, x, before)
+        _call("norm_gradient", _is_half(x), 0, dx, x, dx, *_as_pixels(x), before)
+        return dx, None, dweight1, dbias1, dweight2, dbias2, *dweights, *se_grads

@@ -1,11 +1,14 @@
-// CPU kernels for what bounds a training step: batch norm with its activation, and depthwise convolution.
+// CPU kernels for what bounds a training step: batch norm, activation, depthwise convolution, squeeze-excitation.
 //
 // All tensors are images in channels-last memory, so the channels of a pixel are consecutive and every kernel
 // works on 16 channels at once; float or half storage, float arithmetic. Plain functions on raw pointers:
 // nothing of PyTorch is included, fast.py compiles this in seconds and calls it by ctypes.
 //
-// Each sum over the batch is taken in a fixed number of parts, in float inside a part and in double over the
-// parts. What belongs to which part depends on the shape alone: any number of threads gives the same bits.
+// Sums over the batch are taken in float inside an image and in double over the images, whichever thread an
+// image falls to: any number of threads gives the same bits.
+//
+// What batch norm needs to know of a whole batch forces passes over memory; everything between two such barriers
+// is done in one pass, row by row, in buffers that stay in a core's cache.
 
 #include <immintrin.h>
 
@@ -23,7 +26,7 @@
 namespace {
 
 constexpr long LANES = 16;
-constexpr long PARTS = 64;  // of a sum over the batch
+constexpr long RING = 8;  // rows kept of an image: at least the largest kernel's, a power of 2
 #ifdef __AVX512F__
 constexpr int TILE = 8;  // output pixels kept in registers
 #else
@@ -115,9 +118,6 @@ template <class Body> inline void over_channels(long channels, Body body) {
   if (c < channels) body(std::false_type(), c, channels - c);
 }
 
-struct Part { long begin, end; };
-inline Part part_of(long count, long part) { return {count * part / PARTS, count * (part + 1) / PARTS}; }
-
 // --- activations -----------------------------------------------------------------------------
 
 // exp to about 1 unit in the last place: 2^k times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN.
@@ -156,205 +156,205 @@ struct Silu {
 
 // --- batch norm ------------------------------------------------------------------------------
 
-struct Moments { std::vector<double> mean, squares; };  // squares: sum of squared deviations
-
-template <class T> Moments moments(const T* x, long rows, long channels, int threads) {
-  const long width = padded(channels);
-  // Of each part the sums of x - pivot and of its square; the pivot, the part's first pixel, keeps them small.
-  std::vector<float> sums(PARTS * 3 * width);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long part = 0; part < PARTS; part++) {
-    float *sum = &sums[part * 3 * width], *square = sum + width, *pivot = square + width;
-    const auto [begin, end] = part_of(rows, part);
-    if (begin < end)
-      over_channels(channels, [&, at = x + begin * channels](auto full, long c, long n) {
-        store(pivot + c, load<full>(at + c, n));
-      });
-    for (long row = begin; row < end; row += 4) {
-      const T* p = x + row * channels;
-      const long more = std::min(4L, end - row);
-      over_channels(channels, [&](auto full, long c, long n) {
-        const vec shift = load(pivot + c);
-        vec s = load(sum + c), q = load(square + c);
-        for (long i = 0; i < more; i++) {
-          const vec d = load<full>(p + i * channels + c, n) - shift;
-          s += d;
-          q += d * d;
-        }
-        store(sum + c, s);
-        store(square + c, q);
-      });
-    }
-  }
-  Moments total{std::vector<double>(channels), std::vector<double>(channels)};
-  double seen = 0;
-  for (long part = 0; part < PARTS; part++) {
-    const auto [begin, end] = part_of(rows, part);
-    const double count = end - begin;
-    if (count == 0) continue;
-    const float *sum = &sums[part * 3 * width], *square = sum + width, *pivot = square + width;
-    for (long c = 0; c < channels; c++) {  // Chan, Golub and LeVeque's pairwise update
-      const double delta = pivot[c] + sum[c] / count - total.mean[c];
-      total.mean[c] += delta * count / (seen + count);
-      total.squares[c] += square[c] - double(sum[c]) * sum[c] / count + delta * delta * seen * count / (seen + count);
-    }
-    seen += count;
-  }
-  return total;
-}
-
-// y = act((x - mean) / std * weight + bias) (+ skip); in training of the batch, which then enters the running ones.
-template <class T, class Act>
-void norm_forward(const T* x, const T* skip, T* y, long rows, long channels, const float* weight, const float* bias,
-                  float* running_mean, float* running_var, float momentum, float eps, bool training, float* saved,
-                  int threads) {
-  std::vector<float> scale(padded(channels)), shift(padded(channels));
-  Moments batch;
-  if (training) batch = moments(x, rows, channels, threads);
-  for (long c = 0; c < channels; c++) {
-    const double mean = training ? batch.mean[c] : running_mean[c];
-    const double var = training ? batch.squares[c] / rows : running_var[c];
-    const double inverse = 1 / std::sqrt(var + eps);
-    if (training) {
-      running_mean[c] += momentum * (float(mean) - running_mean[c]);
-      running_var[c] += momentum * (float(batch.squares[c] / (rows - 1)) - running_var[c]);
-      saved[c] = float(mean);
-      saved[channels + c] = float(inverse);
-    }
-    scale[c] = float(weight[c] * inverse);
-    shift[c] = float(bias[c] - mean * weight[c] * inverse);
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long part = 0; part < PARTS; part++) {
-    const auto [begin, end] = part_of(rows, part);
-    for (long at = begin * channels; at < end * channels; at += channels)
-      over_channels(channels, [&](auto full, long c, long n) {
-        vec a = Act::value(rounded(load<full>(x + at + c, n) * load(&scale[c]) + load(&shift[c]), x));
-        if (skip) a = rounded(a, x) + load<full>(skip + at + c, n);
-        store<full>(y + at + c, a, n);
-      });
-  }
-}
-
-// From dy and the input x, with mean and 1/std of the batch in `saved`: dx and the gradients of weight and bias.
-// With z the value before the activation, dz = dy * act'(z):
-//   dx = weight / std * (dz - mean(dz) - (x - mean) / var * mean(dz * (x - mean)))
-template <class T, class Act>
-void norm_backward(const T* dy, const T* x, T* dx, long rows, long channels, const float* weight, const float* bias,
-                   const float* saved, float* dweight, float* dbias, int threads) {
-  const long width = padded(channels);
-  std::vector<float> scale(width), shift(width), mean(width), slope(width), constant(width);
-  for (long c = 0; c < channels; c++) {
-    mean[c] = saved[c];
-    scale[c] = float(double(weight[c]) * saved[channels + c]);
-    shift[c] = float(bias[c] - double(mean[c]) * weight[c] * saved[channels + c]);
-  }
-  std::vector<float> sums(PARTS * 2 * width);  // of dz, and of dz * (x - mean)
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long part = 0; part < PARTS; part++) {
-    float *sum = &sums[part * 2 * width], *product = sum + width;
-    const auto [begin, end] = part_of(rows, part);
-    for (long row = begin; row < end; row += 4) {
-      const T *p = x + row * channels, *g = dy + row * channels;
-      const long more = std::min(4L, end - row);
-      over_channels(channels, [&](auto full, long c, long n) {
-        const vec a = load(&scale[c]), b = load(&shift[c]), m = load(&mean[c]);
-        vec s = load(sum + c), q = load(product + c);
-        for (long i = 0; i < more; i++) {
-          const vec value = load<full>(p + i * channels + c, n);
-          const vec dz = rounded(Act::grad(rounded(value * a + b, x), load<full>(g + i * channels + c, n)), x);
-          s += dz;
-          q += dz * (value - m);
-        }
-        store(sum + c, s);
-        store(product + c, q);
-      });
-    }
-  }
-  std::vector<double> totals(2 * width);
-  for (long part = 0; part < PARTS; part++)
-    for (long i = 0; i < 2 * width; i++) totals[i] += sums[part * 2 * width + i];
-  for (long c = 0; c < channels; c++) {
-    const double sum = totals[c], product = totals[width + c], inverse = saved[channels + c];
-    dbias[c] = float(sum);
-    dweight[c] = float(product * inverse);
-    slope[c] = float(-scale[c] * inverse * inverse * product / rows);
-    constant[c] = float(-scale[c] * sum / rows);
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long part = 0; part < PARTS; part++) {
-    const auto [begin, end] = part_of(rows, part);
-    for (long at = begin * channels; at < end * channels; at += channels)
-      over_channels(channels, [&](auto full, long c, long n) {
-        const vec a = load(&scale[c]), value = load<full>(x + at + c, n);
-        const vec dz = rounded(Act::grad(rounded(value * a + load(&shift[c]), x), load<full>(dy + at + c, n)), x);
-        store<full>(dx + at + c, dz * a + ((value - load(&mean[c])) * load(&slope[c]) + load(&constant[c])), n);
-      });
-  }
-}
-
-// --- depthwise convolution -------------------------------------------------------------------
-
-// A slice of the channels of images: `stride` elements from a pixel to the next.
-template <class T> struct Images {
-  T* data;
-  long height, width, stride;
-  T* pixel(long n, long y, long x) const { return data + ((n * height + y) * width + x) * stride; }
+// Of each channel: z = x * scale + shift before the activation, the statistics behind them, and what its
+// gradient needs beside dz: dx = dz * scale + (x - mean) * slope + constant.
+struct Affine {
+  enum { SCALE, SHIFT, MEAN, INVERSE, SLOPE, CONSTANT, COUNT };
+  float* data;
+  long width;
+  vec at(int which, long c) const { return load(data + which * width + c); }
+  float& operator()(int which, long c) const { return data[which * width + c]; }
+  vec z(vec x, long c) const { return x * at(SCALE, c) + at(SHIFT, c); }
 };
 
+// Sums over the pixels of an image, of each channel; a = act(z), x the input of the norm:
+enum { DY_A, DY_GRAD, DY_GRAD_X, GRAD, GRAD_X, SUMS };  // dy a, dy act'(z), dy act'(z) (x - mean), act'(z), ...
+
+// Adds to sums (3, width) of x - pivot, of its square, and the pivot, which keeps them small: the first pixel.
+template <class T> void add_moments(const T* x, long pixels, long channels, float* sums, bool is_first) {
+  const long width = padded(channels);
+  float *sum = sums, *square = sums + width, *pivot = sums + 2 * width;
+  for (long i = 0; i < pixels; i += 4) {
+    const T* p = x + i * channels;
+    const long more = std::min(4L, pixels - i);
+    over_channels(channels, [&](auto full, long c, long n) {
+      if (is_first && i == 0) store(pivot + c, load<full>(p + c, n));
+      const vec shift = load(pivot + c);
+      vec s = load(sum + c), q = load(square + c);
+      for (long j = 0; j < more; j++) {
+        const vec d = load<full>(p + j * channels + c, n) - shift;
+        s += d;
+        q += d * d;
+      }
+      store(sum + c, s);
+      store(square + c, q);
+    });
+  }
+}
+
+// Mean and sum of squared deviations of the batch, from the sums of its images (count, 3, width).
+void combine_moments(const float* sums, long count, long pixels, long channels, double* mean, double* squares) {
+  const long width = padded(channels);
+  std::fill(mean, mean + channels, 0.0);
+  std::fill(squares, squares + channels, 0.0);
+  for (long n = 0; n < count; n++) {  // Chan, Golub and LeVeque's pairwise update
+    const float *sum = sums + n * 3 * width, *square = sum + width, *pivot = square + width;
+    const double share = 1.0 / (n + 1), each = 1.0 / pixels, weight = double(n) * pixels / (n + 1);
+    for (long c = 0; c < channels; c++) {
+      const double delta = pivot[c] + sum[c] * each - mean[c];
+      mean[c] += delta * share;
+      squares[c] += square[c] - double(sum[c]) * sum[c] * each + delta * delta * weight;
+    }
+  }
+}
+
+template <class T>
+void moments(const T* x, long count, long pixels, long channels, double* mean, double* squares, int threads) {
+  const long width = padded(channels);
+  std::vector<float> sums(count * 3 * width);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long n = 0; n < count; n++)
+    add_moments(x + n * pixels * channels, pixels, channels, &sums[n * 3 * width], true);
+  combine_moments(sums.data(), count, pixels, channels, mean, squares);
+}
+
+// y = act(z) (* gate) (+ skip) over consecutive pixels, each rounded as if it had been stored as T; y may be null.
+// Adds act(z) to pooled, unless null.
+template <class T, class Act, class X, class Y>
+void apply(const X* x, long x_stride, const Y* skip, Y* y, long y_stride, long pixels, long channels, Affine norm,
+           const float* gate, float* pooled) {
+  constexpr const T* as = nullptr;
+  for (long i = 0; i < pixels; i++)
+    over_channels(channels, [&](auto full, long c, long n) {
+      vec value = load<full>(x + i * x_stride + c, n);
+      if (!std::is_same_v<X, T>) value = rounded(value, as);
+      vec a = rounded(Act::value(rounded(norm.z(value, c), as)), as);
+      if (pooled) store(pooled + c, load(pooled + c) + a);
+      if (gate) a = rounded(a * load<full>(gate + c, n), as);
+      if (skip) a += load<full>(skip + i * y_stride + c, n);
+      if (y) store<full>(y + i * y_stride + c, a, n);
+    });
+}
+
+// The gradient of a pixel before the activation, from dy, and before the norm. With squeeze-excitation the gradient
+// of act(z) is dy * gate, and what reaches it through the mean.
+template <class T, class Act> struct Gradient {
+  Affine norm;
+  const float *gate, *dpooled;  // of the image, or both null
+  template <bool FULL> vec dz(vec dy, vec x, long c, long n) const {
+    constexpr const T* as = nullptr;
+    if (gate) dy = dy * load<FULL>(gate + c, n) + load<FULL>(dpooled + c, n);
+    return rounded(Act::grad(rounded(norm.z(x, c), as), dy), as);
+  }
+  template <bool FULL> vec dx(vec dy, vec x, long c, long n) const {
+    const vec rest = (x - norm.at(Affine::MEAN, c)) * norm.at(Affine::SLOPE, c) + norm.at(Affine::CONSTANT, c);
+    return dz<FULL>(dy, x, c, n) * norm.at(Affine::SCALE, c) + rest;
+  }
+};
+
+// Over consecutive pixels; out may be dy.
+template <class T, class Act, class Y>
+void norm_gradient(const T* dy, const T* x, Y* out, long out_stride, long pixels, long channels,
+                   Gradient<T, Act> gradient) {
+  for (long i = 0; i < pixels; i++)
+    over_channels(channels, [&](auto full, long c, long n) {
+      const vec out_grad = load<full>(dy + i * channels + c, n), value = load<full>(x + i * channels + c, n);
+      store<full>(out + i * out_stride + c, gradient.template dx<full>(out_grad, value, c, n), n);
+    });
+}
+
+// The sums of one image, (SUMS, width).
+template <class T, class Act>
+void add_sums(const T* dy, const T* x, long pixels, long channels, Affine norm, bool is_gated, float* sums) {
+  const long width = padded(channels);
+  for (long i = 0; i < pixels; i += 4) {
+    const T *p = x + i * channels, *g = dy + i * channels;
+    const long more = std::min(4L, pixels - i);
+    over_channels(channels, [&](auto full, long c, long n) {
+      const vec mean = norm.at(Affine::MEAN, c);
+      vec sum[SUMS];
+      for (int k = 0; k < SUMS; k++) sum[k] = load(sums + k * width + c);
+      for (long j = 0; j < more; j++) {
+        const vec value = load<full>(p + j * channels + c, n), out = load<full>(g + j * channels + c, n);
+        const vec z = rounded(norm.z(value, c), x);
+        if (is_gated) {
+          const vec slope = Act::grad(z, vec{} + 1.0f);
+          sum[DY_A] += out * rounded(Act::value(z), x);
+          sum[DY_GRAD] += out * slope;
+          sum[DY_GRAD_X] += out * slope * (value - mean);
+          sum[GRAD] += slope;
+          sum[GRAD_X] += slope * (value - mean);
+        } else {
+          const vec dz = rounded(Act::grad(z, out), x);
+          sum[DY_GRAD] += dz;
+          sum[DY_GRAD_X] += dz * (value - mean);
+        }
+      }
+      for (int k = 0; k < SUMS; k++) store(sums + k * width + c, sum[k]);
+    });
+  }
+}
+
+// --- depthwise convolution, from a ring of rows --------------------------------------------------
+
+// Rows of an image or, with a mask, the last RING of them. `stride` elements from a pixel to the next.
+struct Rows {
+  float* data;
+  long height, width, stride;
+  float* row(long y) const { return data + (y & (RING - 1)) * width * stride; }
+};
+
+struct Span { long begin, end; };
 // Rows of the kernel that meet the input for output row oy.
-template <int K, int S> inline Part kernel_rows(long oy, long height) {
+template <int K, int S> inline Span kernel_rows(long oy, long height) {
   constexpr int PAD = (K - 1) / 2;
   return {std::max(0L, PAD - oy * S), std::min<long>(K, height + PAD - oy * S)};
 }
 
-// Output row oy of image n. weight: (K * K, padded channels).
-template <int K, int S, class T>
-void conv_row(Images<const T> in, Images<T> out, const float* weight, long channels, long n, long oy) {
+// TILE output pixels from (oy, ox) on; those beyond the row are of no use. weight: (K * K, padded channels).
+// Channels [first, first + channels).
+template <int K, int S>
+void conv_tile(Rows in, float* out, const float* weight, long first, long channels, long oy, long ox) {
   constexpr int PAD = (K - 1) / 2;
   const long width = padded(channels);
   const auto [from, to] = kernel_rows<K, S>(oy, in.height);
-  for (long ox = 0; ox < out.width; ox += TILE)
-    over_channels(channels, [&, from = from, to = to](auto full, long c, long lanes) {
+  over_channels(channels, [&, from = from, to = to](auto full, long c, long n) {
       vec sum[TILE] = {};
       for (long ky = from; ky < to; ky++) {
         const float* w = weight + ky * K * width + c;
-        const T* row = in.pixel(n, oy * S + ky - PAD, 0) + c;
+        const float* row = in.row(oy * S + ky - PAD) + first + c;
 #pragma GCC unroll 32
         for (int j = 0; j < (TILE - 1) * S + K; j++) {  // each input pixel is loaded once
           const long ix = ox * S + j - PAD;
           if (ix < 0 || ix >= in.width) continue;
-          const vec value = load<full>(row + ix * in.stride, lanes);
+          const vec value = load<full>(row + ix * in.stride, n);
 #pragma GCC unroll 8
           for (int kx = 0; kx < K; kx++)
             if ((j - kx) % S == 0 && j >= kx && j - kx < TILE * S) sum[(j - kx) / S] += value * load(w + kx * width);
         }
       }
-      T* target = out.pixel(n, oy, ox) + c;
 #pragma GCC unroll 8
-      for (int t = 0; t < TILE; t++)
-        if (ox + t < out.width) store<full>(target + t * out.stride, sum[t], lanes);
+      for (int t = 0; t < TILE; t++) store<full>(out + t * in.stride + first + c, sum[t], n);
     });
 }
 
-// Row iy of the input's gradient for stride 2: output pixel q reaches the pixels 2 q - PAD + kx.
-template <int K, class T>
-void grad_row(Images<const T> dy, Images<T> dx, const float* weight, long channels, long n, long iy) {
+// TILE pixels of the input's gradient for stride 2: output pixel q reaches the pixels 2 q - PAD + kx.
+template <int K>
+void grad_tile(Rows dy, float* dx, const float* weight, long first, long channels, long iy, long ix) {
   constexpr int PAD = (K - 1) / 2, S = 2;
   const long width = padded(channels);
-  for (long ix = 0; ix < dx.width; ix += TILE)
-    over_channels(channels, [&](auto full, long c, long lanes) {
+  over_channels(channels, [&](auto full, long c, long n) {
       vec sum[TILE] = {};
       for (long ky = (iy + PAD) % S; ky < K; ky += S) {
         const long oy = (iy + PAD - ky) / S;
         if (iy + PAD < ky || oy >= dy.height) continue;
         const float* w = weight + ky * K * width + c;
-        const T* row = dy.pixel(n, oy, 0) + c;
+        const float* row = dy.row(oy) + first + c;
 #pragma GCC unroll 32
         for (int j = -(PAD / S); j <= (TILE - 1 + PAD) / S; j++) {
           const long q = ix / S + j;
           if (q < 0 || q >= dy.width) continue;
-          const vec value = load<full>(row + q * dy.stride, lanes);
+          const vec value = load<full>(row + q * dy.stride, n);
 #pragma GCC unroll 8
           for (int kx = 0; kx < K; kx++) {
             const int t = S * j - PAD + kx;
@@ -362,45 +362,42 @@ void grad_row(Images<const T> dy, Images<T> dx, const float* weight, long channe
           }
         }
       }
-      T* target = dx.pixel(n, iy, ix) + c;
 #pragma GCC unroll 8
-      for (int t = 0; t < TILE; t++)
-        if (ix + t < dx.width) store<full>(target + t * dx.stride, sum[t], lanes);
+      for (int t = 0; t < TILE; t++) store<full>(dx + t * dy.stride + first + c, sum[t], n);
     });
 }
 
-// Adds what output row oy of image n gives to the weight's gradient (K * K, padded channels).
-template <int K, int S, class T>
-void weight_row(Images<const T> dy, Images<const T> x, float* dweight, long channels, long n, long oy) {
+// Adds what output row oy gives to the weight's gradient (K * K, padded channels).
+template <int K, int S> void weight_row(Rows dy, Rows x, float* dweight, long first, long channels, long oy) {
   constexpr int PAD = (K - 1) / 2;
   const long width = padded(channels);
   const auto [from, to] = kernel_rows<K, S>(oy, x.height);
   // Output pixels whose whole window lies inside the row.
   const long inner = std::min(dy.width, long((PAD + S - 1) / S));
   const long outer = x.width + PAD < K ? inner : std::clamp((x.width + PAD - K) / S + 1, inner, dy.width);
-  over_channels(channels, [&, from = from, to = to](auto full, long c, long lanes) {
+  over_channels(channels, [&, from = from, to = to](auto full, long c, long n) {
     constexpr bool FULL = decltype(full)::value;
-    const T* out = dy.pixel(n, oy, 0) + c;
+    const float* out = dy.row(oy) + first + c;
     for (long ky = from; ky < to; ky++) {
-      const T* in = x.pixel(n, oy * S + ky - PAD, 0) + c;
+      const float* in = x.row(oy * S + ky - PAD) + first + c;
       vec even[K] = {}, odd[K] = {};  // two chains of additions, to hide their latency
       const auto at_border = [&](long ox) {
-        const vec g = load<FULL>(out + ox * dy.stride, lanes);
+        const vec g = load<FULL>(out + ox * dy.stride, n);
 #pragma GCC unroll 8
         for (int kx = 0; kx < K; kx++) {
           const long ix = ox * S + kx - PAD;
-          if (ix >= 0 && ix < x.width) even[kx] += g * load<FULL>(in + ix * x.stride, lanes);
+          if (ix >= 0 && ix < x.width) even[kx] += g * load<FULL>(in + ix * x.stride, n);
         }
       };
       long ox = 0;
       for (; ox < inner; ox++) at_border(ox);
       for (; ox + 2 <= outer; ox += 2) {
-        const vec g0 = load<FULL>(out + ox * dy.stride, lanes), g1 = load<FULL>(out + (ox + 1) * dy.stride, lanes);
-        const T* window = in + (ox * S - PAD) * x.stride;
+        const vec g0 = load<FULL>(out + ox * dy.stride, n), g1 = load<FULL>(out + (ox + 1) * dy.stride, n);
+        const float* window = in + (ox * S - PAD) * x.stride;
 #pragma GCC unroll 8
         for (int kx = 0; kx < K; kx++) {
-          even[kx] += g0 * load<FULL>(window + kx * x.stride, lanes);
-          odd[kx] += g1 * load<FULL>(window + (kx + S) * x.stride, lanes);
+          even[kx] += g0 * load<FULL>(window + kx * x.stride, n);
+          odd[kx] += g1 * load<FULL>(window + (kx + S) * x.stride, n);
         }
       }
       for (; ox < dy.width; ox++) at_border(ox);
@@ -413,52 +410,190 @@ void weight_row(Images<const T> dy, Images<const T> x, float* dweight, long chan
   });
 }
 
-// The parameter (channels, taps) as (taps, padded channels).
-std::vector<float> by_tap(const float* weight, long channels, int taps, bool reversed) {
-  const long width = padded(channels);
-  std::vector<float> packed(taps * width);
-  for (long c = 0; c < channels; c++)
-    for (int k = 0; k < taps; k++) packed[(reversed ? taps - 1 - k : k) * width + c] = weight[c * taps + k];
-  return packed;
+template <class Body> void with_kernel(int kernel, int stride, Body body) {
+  const auto strided = [&](auto k) {
+    if (stride == 1) body(k, std::integral_constant<int, 1>());
+    if (stride == 2) body(k, std::integral_constant<int, 2>());
+  };
+  if (kernel == 3) strided(std::integral_constant<int, 3>());
+  if (kernel == 5) strided(std::integral_constant<int, 5>());
+  if (kernel == 7) strided(std::integral_constant<int, 7>());
 }
 
-template <int K, int S, class T>
-void conv_forward(Images<const T> x, Images<T> y, const float* weight, long count, long channels, int threads) {
-  const auto packed = by_tap(weight, channels, K * K, false);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long row = 0; row < count * y.height; row++)
-    conv_row<K, S>(x, y, packed.data(), channels, row / y.height, row % y.height);
-}
-
-// dx and dweight may each be null. Image by image, so that its dy comes from memory once for both.
-template <int K, int S, class T>
-void conv_backward(Images<const T> dy, Images<const T> x, Images<T> dx, const float* weight, float* dweight, long count,
-                   long channels, int threads) {
-  const long width = padded(channels), size = dweight ? K * K * width : 0;
-  // For stride 1 the input's gradient is a convolution with the reversed kernel.
-  const auto packed = by_tap(weight, channels, K * K, S == 1);
-  std::vector<float> sums(PARTS * size);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long part = 0; part < PARTS; part++) {
-    const auto [begin, end] = part_of(count, part);
-    for (long n = begin; n < end; n++) {
-      if (dweight)
-        for (long oy = 0; oy < dy.height; oy++) weight_row<K, S>(dy, x, &sums[part * size], channels, n, oy);
-      if (dx.data)
-        for (long iy = 0; iy < dx.height; iy++) {
-          if constexpr (S == 1)
-            conv_row<K, 1>(dy, dx, packed.data(), channels, n, iy);
-          else
-            grad_row<K>(dy, dx, packed.data(), channels, n, iy);
-        }
+// Convolutions of consecutive channel groups, all of one stride.
+struct Group {
+  int kernel;
+  long first, channels;
+  std::vector<float> weight;  // (kernel * kernel, padded channels)
+  long size() const { return kernel * kernel * padded(channels); }
+};
+struct Convs {
+  std::vector<Group> groups;
+  int stride;
+  long pad = 0, sizes = 0;
+  // reversed: with a stride of 1 the input's gradient is a convolution with the reversed kernel
+  Convs(long count, const long* kernels, const long* channels, const float* const* weights, int stride, bool reversed)
+      : stride(stride) {
+    long first = 0;
+    for (long g = 0; g < count; g++) {
+      Group group{int(kernels[g]), first, channels[g], {}};
+      const long taps = kernels[g] * kernels[g], width = padded(channels[g]);
+      group.weight.resize(group.size());
+      for (long c = 0; c < channels[g]; c++)
+        for (long k = 0; k < taps; k++)
+          group.weight[(reversed ? taps - 1 - k : k) * width + c] = weights[g][c * taps + k];
+      first += channels[g];
+      pad = std::max(pad, (kernels[g] - 1) / 2);
+      sizes += group.size();
+      groups.push_back(std::move(group));
     }
   }
-  std::vector<double> totals(size);
-  for (long part = 0; part < PARTS; part++)
-    for (long i = 0; i < size; i++) totals[i] += sums[part * size + i];
-  if (dweight)
-    for (long c = 0; c < channels; c++)
-      for (int k = 0; k < K * K; k++) dweight[c * K * K + k] = float(totals[k * width + c]);
+};
+
+struct Shape { long count, height, width, channels, out_height, out_width; };
+
+// Of the thread: a ring of rows. Its pixels are set apart by one vector more than they need, because powers of 2
+// of bytes between them would put all into the same few places of the cache.
+Rows ring(std::vector<float>& memory, long height, long width, long channels) {
+  const long stride = padded(channels) + LANES;
+  memory.resize(RING * width * stride);
+  return {memory.data(), height, width, stride};
+}
+
+// As many floats for each channel as an Affine has, of the norm that changes nothing.
+std::vector<float> identity_of(long width) {
+  std::vector<float> data(Affine::COUNT * width);
+  std::fill(data.begin(), data.begin() + width, 1.0f);
+  return data;
+}
+
+// y = conv(act(norm(x))) with the norm `before`, and act(norm(.)) of that with the norm `after`, where they are
+// there. With sums (count, 3, width): the moments of y. With pooled (count, channels): the mean of y over an image.
+template <class T, class Act>
+void conv_forward(const T* x, T* y, Shape s, const Convs& convs, Affine before, Affine after, float* sums,
+                  float* pooled, int threads) {
+  const long width = padded(s.channels), out_pixels = s.out_height * s.out_width;
+  auto same = identity_of(width);
+  if (!before.data) before = {same.data(), width};
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> memory, pool(width);
+    const Rows in = ring(memory, s.height, s.width, s.channels);
+    std::vector<float> tile(TILE * in.stride);
+#pragma omp for schedule(static)
+    for (long n = 0; n < s.count; n++) {
+      std::fill(pool.begin(), pool.end(), 0.0f);
+      for (long oy = 0, filled = 0; oy < s.out_height; oy++) {
+        for (; filled < std::min(s.height, oy * convs.stride + convs.pad + 1); filled++)
+          apply<T, Act>(x + (n * s.height + filled) * s.width * s.channels, s.channels, (const float*)nullptr,
+                        in.row(filled), in.stride, s.width, s.channels, before, nullptr, nullptr);
+        T* out = y + (n * s.out_height + oy) * s.out_width * s.channels;
+        for (long ox = 0; ox < s.out_width; ox += TILE) {
+          for (const Group& g : convs.groups)
+            with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
+              conv_tile<k, stride>(in, tile.data(), g.weight.data(), g.first, g.channels, oy, ox);
+            });
+          const float* from = tile.data();
+          const long pixels = std::min<long>(TILE, s.out_width - ox);
+          T* to = out + ox * s.channels;
+          if (after.data)
+            apply<T, Act>(from, in.stride, (const T*)nullptr, to, s.channels, pixels, s.channels, after, nullptr,
+                          pooled ? pool.data() : nullptr);
+          else
+            apply<T, Identity>(from, in.stride, (const T*)nullptr, to, s.channels, pixels, s.channels,
+                               {same.data(), width}, nullptr, nullptr);
+        }
+        if (sums) add_moments(out, s.out_width, s.channels, sums + n * 3 * width, oy == 0);
+      }
+      if (pooled)
+        for (long c = 0; c < s.channels; c++) pooled[n * s.channels + c] = pool[c] / out_pixels;
+    }
+  }
+}
+
+// From dy, the gradient of what `after` made of y (or of y itself), back through the convolutions and the activation
+// before them: dx gets the gradient before that activation, whose sums over an image go to sums (count, SUMS, width).
+// dx and each dweights[g] may be null.
+template <class T, class Act>
+void conv_backward(const T* dy, const T* y, const T* x, T* dx, Shape s, const Convs& convs, Affine before, Affine after,
+                   const float* gate, const float* dpooled, float* sums, float* const* dweights, int threads) {
+  const long width = padded(s.channels);
+  const bool is_normed = before.data;
+  auto same = identity_of(width);
+  if (!is_normed) before = {same.data(), width};
+  std::vector<float> all_dweights(s.count * convs.sizes);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> memory, grad_memory;
+    const Rows in = ring(memory, s.height, s.width, s.channels);
+    const Rows grads = ring(grad_memory, s.out_height, s.out_width, s.channels);
+    std::vector<float> tile(TILE * in.stride);
+#pragma omp for schedule(static)
+    for (long n = 0; n < s.count; n++) {
+      const Gradient<T, Act> gradient{after, gate ? gate + n * s.channels : nullptr,
+                                      gate ? dpooled + n * s.channels : nullptr};
+      long filled = 0, grads_filled = 0;
+      for (long iy = 0; iy < s.height; iy++) {
+        const long at = (n * s.height + iy) * s.width * s.channels;
+        for (; filled < std::min(s.height, iy + convs.pad + 1); filled++)
+          apply<T, Act>(x + (n * s.height + filled) * s.width * s.channels, s.channels, (const float*)nullptr,
+                        in.row(filled), in.stride, s.width, s.channels, before, nullptr, nullptr);
+        for (; grads_filled < std::min(s.out_height, (iy + convs.pad) / convs.stride + 1); grads_filled++) {
+          const long out_at = (n * s.out_height + grads_filled) * s.out_width * s.channels;
+          float* row = grads.row(grads_filled);
+          if (after.data)
+            norm_gradient(dy + out_at, y + out_at, row, grads.stride, s.out_width, s.channels, gradient);
+          else
+            apply<T, Identity>(dy + out_at, s.channels, (const float*)nullptr, row, grads.stride, s.out_width,
+                               s.channels, {same.data(), width}, nullptr, nullptr);
+        }
+        float* dweight = &all_dweights[n * convs.sizes];
+        for (size_t i = 0; i < convs.groups.size(); dweight += convs.groups[i++].size())
+          if (dweights[i] && iy % convs.stride == 0)
+            with_kernel(convs.groups[i].kernel, convs.stride, [&](auto k, auto stride) {
+              weight_row<k, stride>(grads, in, dweight, convs.groups[i].first, convs.groups[i].channels, iy / stride);
+            });
+        float* sum = sums ? sums + n * SUMS * width : nullptr;
+        const Gradient<T, Act> inner{before, nullptr, nullptr};
+        for (long ix = 0; dx && ix < s.width; ix += TILE) {
+          for (const Group& g : convs.groups)
+            with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
+              if constexpr (stride == 1)
+                conv_tile<k, 1>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
+              else
+                grad_tile<k>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
+            });
+          const long offset = at + ix * s.channels, pixels = std::min<long>(TILE, s.width - ix);
+          over_channels(s.channels, [&](auto full, long c, long lanes) {
+            constexpr bool FULL = decltype(full)::value;
+            vec total{}, product{};
+            for (long i = 0; i < pixels; i++) {
+              const vec value = load<FULL>(x + offset + i * s.channels + c, lanes);
+              const vec da = rounded(load(tile.data() + i * in.stride + c), x);
+              const vec dz = inner.template dz<FULL>(da, value, c, lanes);
+              store<FULL>(dx + offset + i * s.channels + c, dz, lanes);
+              total += dz;
+              product += dz * (value - before.at(Affine::MEAN, c));
+            }
+            if (!sum) return;
+            float *totals = sum + DY_GRAD * width + c, *products = sum + DY_GRAD_X * width + c;
+            store(totals, load(totals) + total);
+            store(products, load(products) + product);
+          });
+        }
+      }
+    }
+  }
+  std::vector<double> totals(convs.sizes);
+  for (long n = 0; n < s.count; n++)
+    for (long i = 0; i < convs.sizes; i++) totals[i] += all_dweights[n * convs.sizes + i];
+  const double* total = totals.data();
+  for (size_t i = 0; i < convs.groups.size(); total += convs.groups[i++].size()) {
+    const long taps = convs.groups[i].kernel * convs.groups[i].kernel, channels = convs.groups[i].channels;
+    if (dweights[i])
+      for (long c = 0; c < channels; c++)
+        for (long k = 0; k < taps; k++) dweights[i][c * taps + k] = float(total[k * padded(channels) + c]);
+  }
 }
 
 // --- from numbers to template arguments ------------------------------------------------------
@@ -472,68 +607,150 @@ template <class Body> void with_act(int act, Body body) {
   if (act == 1) body(Relu());
   if (act == 2) body(Silu());
 }
-template <class Body> void with_kernel(int kernel, int stride, Body body) {
-  const auto strided = [&](auto k) {
-    if (stride == 1) body(k, std::integral_constant<int, 1>());
-    if (stride == 2) body(k, std::integral_constant<int, 2>());
-  };
-  if (kernel == 3) strided(std::integral_constant<int, 3>());
-  if (kernel == 5) strided(std::integral_constant<int, 5>());
-  if (kernel == 7) strided(std::integral_constant<int, 7>());
-}
 
 }  // namespace
 
+// Pointers marked (or null) below; everything else is there. `pixels` are those of an image. A norm is an Affine of
+// (6, padded channels) floats, moments are (2, channels) doubles, is_half says how images are stored.
 extern "C" {
 
-// x, skip (or null), y: (rows, channels); saved: mean and 1/std. act: 0 none, 1 ReLU, 2 SiLU.
-void msunet_norm_forward(int is_half, int act, int training, const void* x, const void* skip, void* y, long rows,
-                         long channels, const float* weight, const float* bias, float* running_mean,
-                         float* running_var, float momentum, float eps, float* saved, int threads) {
+void msunet_moments(int is_half, const void* x, long count, long pixels, long channels, double* moments_out,
+                    int threads) {
+  with_type(is_half, [&](auto type) {
+    moments((const decltype(type)*)x, count, pixels, channels, moments_out, moments_out + channels, threads);
+  });
+}
+
+// The norm of a batch with these moments, which then enter the running ones; or, without, of the running ones.
+void msunet_norm(const double* moments_in /* or null */, long rows, long channels, const float* weight,
+                 const float* bias, float* running_mean, float* running_var, float momentum, float eps, float* norm,
+                 int) {
+  const Affine to{norm, padded(channels)};
+  for (long c = 0; c < channels; c++) {
+    const double mean = moments_in ? moments_in[c] : running_mean[c];
+    const double var = moments_in ? moments_in[channels + c] / rows : running_var[c];
+    const double inverse = 1 / std::sqrt(var + eps);
+    if (moments_in) {
+      running_mean[c] += momentum * (float(mean) - running_mean[c]);
+      running_var[c] += momentum * (float(moments_in[channels + c] / (rows - 1)) - running_var[c]);
+    }
+    to(Affine::MEAN, c) = float(mean);
+    to(Affine::INVERSE, c) = float(inverse);
+    to(Affine::SCALE, c) = float(weight[c] * inverse);
+    to(Affine::SHIFT, c) = float(bias[c] - mean * weight[c] * inverse);
+  }
+}
+
+// y = act(norm(x)) * gate + skip; pooled = mean of act(norm(x)) over the image. gate and pooled: (count, channels).
+void msunet_apply(int is_half, int act, const void* x, const void* skip /* or null */, const float* gate /* or null */,
+                  void* y /* or null */, float* pooled /* or null */, long count, long pixels, long channels,
+                  float* norm, int threads) {
+  const Affine affine{norm, padded(channels)};
   with_type(is_half, [&](auto type) {
     using T = decltype(type);
     with_act(act, [&](auto a) {
-      norm_forward<T, decltype(a)>((const T*)x, (const T*)skip, (T*)y, rows, channels, weight, bias, running_mean,
-                                   running_var, momentum, eps, training, saved, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (long n = 0; n < count; n++) {
+        const long at = n * pixels * channels;
+        std::vector<float> pool(pooled ? affine.width : 0);
+        apply<T, decltype(a)>((const T*)x + at, channels, skip ? (const T*)skip + at : nullptr,
+                              y ? (T*)y + at : nullptr, channels, pixels, channels, affine,
+                              gate ? gate + n * channels : nullptr, pooled ? pool.data() : nullptr);
+        if (pooled)
+          for (long c = 0; c < channels; c++) pooled[n * channels + c] = pool[c] / pixels;
+      }
     });
   });
 }
 
-void msunet_norm_backward(int is_half, int act, const void* dy, const void* x, void* dx, long rows, long channels,
-                          const float* weight, const float* bias, const float* saved, float* dweight, float* dbias,
+// sums (count, 5, padded channels), zeros before: see SUMS.
+void msunet_sums(int is_half, int act, const void* dy, const void* x, long count, long pixels, long channels,
+                 float* norm, int is_gated, float* sums, int threads) {
+  const Affine affine{norm, padded(channels)};
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (long n = 0; n < count; n++)
+        add_sums<T, decltype(a)>((const T*)dy + n * pixels * channels, (const T*)x + n * pixels * channels, pixels,
+                                 channels, affine, is_gated, sums + n * SUMS * affine.width);
+    });
+  });
+}
+
+// Gradients of the norm's weight and bias from the sums of the images, and the rest of `norm`.
+void msunet_combine(const float* sums, const float* gate /* or null */, const float* dpooled /* or null */, long count,
+                    long pixels, long channels, float* norm, float* dweight, float* dbias, int) {
+  const Affine to{norm, padded(channels)};
+  std::vector<double> totals(channels), products(channels);
+  for (long n = 0; n < count; n++) {
+    const float* of = sums + n * SUMS * to.width;
+    for (long c = 0; c < channels; c++) {
+      const double g = gate ? gate[n * channels + c] : 1, d = gate ? dpooled[n * channels + c] : 0;
+      totals[c] += g * of[DY_GRAD * to.width + c] + d * of[GRAD * to.width + c];
+      products[c] += g * of[DY_GRAD_X * to.width + c] + d * of[GRAD_X * to.width + c];
+    }
+  }
+  const double rows = double(count) * pixels;
+  for (long c = 0; c < channels; c++) {
+    const double scale = to(Affine::SCALE, c), inverse = to(Affine::INVERSE, c);
+    dbias[c] = float(totals[c]);
+    dweight[c] = float(products[c] * inverse);
+    to(Affine::SLOPE, c) = float(-scale * inverse * inverse * products[c] / rows);
+    to(Affine::CONSTANT, c) = float(-scale * totals[c] / rows);
+  }
+}
+
+// The gradient of act(norm(x)) (act: none where dy is already that of norm(x)) to that of x; dx may be dy.
+void msunet_norm_gradient(int is_half, int act, const void* dy, const void* x, void* dx, long count, long pixels,
+                          long channels, float* norm, int threads) {
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (long n = 0; n < count; n++) {
+        const long at = n * pixels * channels;
+        norm_gradient((const T*)dy + at, (const T*)x + at, (T*)dx + at, channels, pixels, channels,
+                      Gradient<T, decltype(a)>{{norm, padded(channels)}, nullptr, nullptr});
+      }
+    });
+  });
+}
+
+// See conv_forward. Each weight is (channels, kernel, kernel); moments_out (or null) are those of y.
+void msunet_conv_forward(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
+                         const float* const* weights, const void* x, void* y, long count, long height, long width,
+                         long out_height, long out_width, long all, float* before /* or null */,
+                         float* after /* or null */, double* moments_out, float* pooled /* or null */, int threads) {
+  const Convs convs(groups, kernels, channels, weights, stride, false);
+  const long wide = padded(all);
+  std::vector<float> sums(moments_out ? count * 3 * wide : 0);
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+      conv_forward<T, decltype(a)>((const T*)x, (T*)y, {count, height, width, all, out_height, out_width}, convs,
+                                   {before, wide}, {after, wide}, moments_out ? sums.data() : nullptr, pooled, threads);
+    });
+  });
+  if (moments_out)
+    combine_moments(sums.data(), count, out_height * out_width, all, moments_out, moments_out + all);
+}
+
+// See conv_backward.
+void msunet_conv_backward(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
+                          const float* const* weights, const void* dy, const void* y, const void* x, void* dx,
+                          long count, long height, long width, long out_height, long out_width, long all,
+                          float* before /* or null */, float* after /* or null */, const float* gate /* or null */,
+                          const float* dpooled /* or null */, float* sums /* or null */, float* const* dweights,
                           int threads) {
+  const Convs convs(groups, kernels, channels, weights, stride, stride == 1);
+  const long wide = padded(all);
   with_type(is_half, [&](auto type) {
     using T = decltype(type);
     with_act(act, [&](auto a) {
-      norm_backward<T, decltype(a)>((const T*)dy, (const T*)x, (T*)dx, rows, channels, weight, bias, saved, dweight,
-                                    dbias, threads);
-    });
-  });
-}
-
-// Channels [first, first + channels) of images with `all` channels; weight (channels, kernel, kernel).
-void msunet_conv_forward(int is_half, int kernel, int stride, const void* x, void* y, const float* weight, long count,
-                         long height, long width, long out_height, long out_width, long all, long first, long channels,
-                         int threads) {
-  with_type(is_half, [&](auto type) {
-    using T = decltype(type);
-    with_kernel(kernel, stride, [&](auto k, auto s) {
-      conv_forward<k, s, T>({(const T*)x + first, height, width, all}, {(T*)y + first, out_height, out_width, all},
-                            weight, count, channels, threads);
-    });
-  });
-}
-
-void msunet_conv_backward(int is_half, int kernel, int stride, const void* dy, const void* x, void* dx,
-                          const float* weight, float* dweight, long count, long height, long width, long out_height,
-                          long out_width, long all, long first, long channels, int threads) {
-  with_type(is_half, [&](auto type) {
-    using T = decltype(type);
-    with_kernel(kernel, stride, [&](auto k, auto s) {
-      conv_backward<k, s, T>({(const T*)dy + first, out_height, out_width, all},
-                             {(const T*)x + first, height, width, all},
-                             {dx ? (T*)dx + first : nullptr, height, width, all}, weight, dweight, count, channels,
-                             threads);
+      conv_backward<T, decltype(a)>((const T*)dy, (const T*)y, (const T*)x, (T*)dx,
+                                    {count, height, width, all, out_height, out_width}, convs, {before, wide},
+                                    {after, wide}, gate, dpooled, sums, dweights, threads);
     });
   });
 }

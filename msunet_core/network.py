@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import StudyError, closest
-from .fast import depthwise_conv, norm_act
+from .fast import depthwise_conv, depthwise_stage, norm_act
 from .ternary import ALPHA, WEIGHTS, TernaryConv2d, ternary_scale
 
 STEM_CHANNELS = 64
@@ -60,8 +60,7 @@ def split_channels(channels: int, groups: int) -> list[int]:
 class MixedConv2d(nn.ModuleDict):
     """Consecutive channel groups, one convolution each, outputs concatenated. Children: 0, 1, 2.
 
-    Equal 1x1 parts run as one grouped convolution: the same sums, one pass over memory. Depthwise parts read
-    and write their channels where they lie.
+    Equal 1x1 parts run as one grouped convolution: the same sums, one pass over memory.
     """
 
     def __init__(self, convs: list[nn.Conv2d]):
@@ -73,8 +72,6 @@ class MixedConv2d(nn.ModuleDict):
         convs = list(self.values())
         if self.one_grouped:
             return self._grouped(x, convs)
-        if (y := depthwise_conv(convs, x)) is not None:
-            return y
         parts = x.split(self.in_parts, dim=1)
         return torch.cat([conv(part) for conv, part in zip(convs, parts, strict=True)], dim=1)
 
@@ -85,7 +82,7 @@ class MixedConv2d(nn.ModuleDict):
             return F.conv2d(x, torch.cat([conv.folded_kernel() for conv in convs]), groups=len(convs))
         signs = [conv.signs() for conv in convs]
         scale = torch.cat([ternary_scale(s).expand(len(s)) for s in signs]).to(x.dtype)
-        return F.conv2d(x, torch.cat(signs).to(x.dtype), groups=len(convs)) * scale.view(1, -1, 1, 1)
+        return F.conv2d(x, torch.cat(signs).to(x.dtype), groups=len(convs)).mul_(scale.view(1, -1, 1, 1))
 
 
 class SqueezeExcite(nn.Module):
@@ -99,8 +96,10 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3), keepdim=True)
-        return x * self.gate(self.conv_expand(self.act(self.conv_reduce(pooled))))
+        return x * self.excite(x.mean((2, 3), keepdim=True))
+
+    def excite(self, pooled: Tensor) -> Tensor:
+        return self.gate(self.conv_expand(self.act(self.conv_reduce(pooled))))
 
 
 class DepthwiseSeparable(nn.Module):
@@ -116,7 +115,7 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.act, run_depthwise(self.conv_dw, x))
+        y = norm_act(self.bn1, self.act, depthwise_conv(self.conv_dw, x))
         return norm_act(self.bn2, None, self.conv_pw(y), skip=x if self.has_skip else None)
 
 
@@ -138,16 +137,9 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.act1, self.conv_pw(x))
-        y = norm_act(self.bn2, self.act2, run_depthwise(self.conv_dw, y))
-        return norm_act(self.bn3, None, self.conv_pwl(self.se(y)), skip=x if self.has_skip else None)
-
-
-def run_depthwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """``conv(x)`` of what :func:`depthwise` made."""
-    if isinstance(conv, MixedConv2d) or (y := depthwise_conv([conv], x)) is None:
-        return conv(x)
-    return y
+        y = self.conv_pw(x)
+        y = depthwise_stage(self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se, y)
+        return norm_act(self.bn3, None, self.conv_pwl(y), skip=x if self.has_skip else None)
 
 
 def depthwise(channels: int, kernels: tuple[int, ...], stride: int) -> nn.Module:

@@ -9,6 +9,7 @@ also what the tensor cores of a GPU do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from .errors import StudyError, closest
+from .ternary import TernaryConv2d
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 
@@ -26,6 +28,8 @@ LOSS_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
 GROWTH_FACTOR = 2.0
 BACKOFF_FACTOR = 0.5
+
+HALF_MAX = torch.finfo(torch.float16).max
 
 _WIDENED = {torch.conv2d, F.conv2d, F.linear, torch._C._nn.linear, F.batch_norm, torch.batch_norm}
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
@@ -116,7 +120,7 @@ def apply_opt_level(model: nn.Module, level: str = "O0", *, backend: str = "nati
 
     Raises
     ------
-    StudyError : unknown level, a model that is at another level already, no ``apex.amp``
+    StudyError : unknown level, a model at another level already, a value beyond FP16, no ``apex.amp``
     """
     if level not in OPT_LEVELS:
         raise StudyError(f"opt level {level!r} is unknown; {closest(level, OPT_LEVELS)}")
@@ -142,14 +146,28 @@ def apply_opt_level(model: nn.Module, level: str = "O0", *, backend: str = "nati
 
 
 def _halve(model: nn.Module, *, batch_norm: bool) -> None:
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not batch_norm:
             continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.half()
+        for name, parameter in module.named_parameters(recurse=False):
+            values = parameter.data
+            if isinstance(module, TernaryConv2d) and values.abs().amax() > HALF_MAX:
+                # T does not change with the size of W, and a power of two changes no bit of its digits.
+                values = values * 2.0 ** -math.ceil(math.log2(values.abs().amax().item() / HALF_MAX))
+            parameter.data = _half(values, f"{path}.{name}")
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
-                setattr(module, name, buffer.half())
+                setattr(module, name, _half(buffer, f"{path}.{name}"))
+
+
+def _half(values: Tensor, name: str) -> Tensor:
+    half = values.half()
+    if (values.isfinite() & ~half.isfinite()).any():
+        raise StudyError(
+            f"{name} holds {values.abs().amax().item():.3g}, beyond {HALF_MAX:g}, the largest FP16 number; "
+            "use O0 or O1 for this network"
+        )
+    return half
 
 
 def legacy_apex():

@@ -110,7 +110,7 @@ class TernaryConv2d(nn.Conv2d):
         if self.training:
             return F.conv2d(x, self.folded_kernel())
         signs = self.signs()
-        return F.conv2d(x, signs.to(x.dtype)) * ternary_scale(signs).to(x.dtype)
+        return F.conv2d(x, signs.to(x.dtype)).mul_(ternary_scale(signs).to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights}, alpha={self.alpha}"

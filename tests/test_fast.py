@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msunet_core import apply_opt_level, build_msunet, fast, score
-from msunet_core.network import split_channels
+from msunet_core import apply_opt_level, build_msunet, fast, precision, score
+from msunet_core.network import MixedConv2d, SqueezeExcite, split_channels
 
 ROOT = Path(__file__).parent.parent
 needs_kernels = pytest.mark.skipif(not fast.enabled(), reason="no C++ compiler or no x86-64 with AVX2")
@@ -32,6 +32,10 @@ def pixels(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def deviation(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)).item()
+
+
+def is_fused(y: Tensor) -> bool:
+    return y.grad_fn.name() in ("_NormActBackward", "_DepthwiseBackward", "_StageBackward")
 
 
 def assert_close(ours: dict[str, Tensor], exact: dict[str, Tensor], bound: float) -> None:
@@ -109,8 +113,8 @@ def test_eval_mode_uses_and_keeps_the_running_statistics(act, dtype):
 def conv_step(convs: list[nn.Conv2d], x: Tensor) -> dict[str, Tensor]:
     convs = copy.deepcopy(convs)
     x = x.clone().requires_grad_()
-    y = fast.depthwise_conv(convs, x)
-    assert y is not None
+    y = fast.depthwise_conv(MixedConv2d(convs), x)
+    assert is_fused(y)
     y.backward(pixels(*y.shape, seed=9).to(x.dtype))
     return {"y": y.detach(), "dx": x.grad} | {f"dw{i}": conv.weight.grad for i, conv in enumerate(convs)}
 
@@ -143,8 +147,89 @@ def test_depthwise_convolution_equals_the_plain_form(channels, kernels, stride, 
     assert_close(conv_step(convs, x), exact_conv_step(convs, x), FP32)
 
 
+class Stage(nn.Module):
+    """What lies between the two 1x1 convolutions of an inverted residual."""
+
+    def __init__(
+        self, channels: int, kernels: tuple[int, ...], stride: int, act: type[nn.Module], has_se: bool
+    ):
+        super().__init__()
+        convs = depthwise_convs(channels, kernels, stride)
+        self.norm1, self.norm2 = new_norm(channels), new_norm(channels)
+        self.act1, self.act2 = act(), act()
+        self.conv = MixedConv2d(convs) if len(convs) > 1 else convs[0]
+        self.se = SqueezeExcite(channels, 4) if has_se else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fast.depthwise_stage(self.norm1, self.act1, self.conv, self.norm2, self.act2, self.se, x)
+
+
+def new_stage(*arguments) -> Stage:
+    torch.manual_seed(2)
+    return Stage(*arguments)
+
+
+def stage_step(stage: Stage, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = stage(x)
+    y.backward(pixels(*y.shape, seed=9).to(x.dtype))
+    grads = {f"d {name}": parameter.grad for name, parameter in stage.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, **grads, **dict(stage.named_buffers())}
+
+
+STAGES = [
+    (24, (3,), 1, nn.ReLU, False),
+    (13, (3, 5), 1, nn.SiLU, True),
+    (40, (3, 5, 7), 2, nn.SiLU, True),
+    (7, (7,), 2, nn.ReLU, True),
+]
+
+
 @needs_kernels
-@pytest.mark.parametrize("batch", [1, 70])  # 70: more images than parts of a sum
+@pytest.mark.parametrize("size", [(8, 8), (9, 5), (20, 18)])
+@pytest.mark.parametrize("arguments", STAGES)
+def test_the_middle_of_a_block_equals_the_plain_form(arguments, size):
+    stage, x = new_stage(*arguments), pixels(3, arguments[0], *size)
+    plain = copy.deepcopy(stage).double()
+    ours = stage_step(stage, x)
+    with fast.plain():
+        exact = stage_step(plain, x.double())
+    # Two norms one after the other: each divides by a standard deviation and adds its own rounding.
+    assert_close(ours, exact, 10 * FP32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("arguments", STAGES)
+@torch.no_grad()
+def test_the_middle_of_a_block_equals_the_plain_form_in_eval_mode(arguments, dtype):
+    stage, x = new_stage(*arguments).eval().to(dtype), pixels(2, arguments[0], 9, 8, dtype=dtype)
+    plain = copy.deepcopy(stage).double()
+    with precision.WidenHalf():
+        ours = stage(x)
+    with fast.plain():
+        exact = plain(x.double())
+    # In FP16 five values on the way are rounded.
+    assert deviation(ours, exact) < (10 * FP32 if dtype == torch.float32 else 5 * FP16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("arguments", STAGES)
+def test_the_middle_of_a_block_trains_in_half_precision(arguments):
+    stage, x = new_stage(*arguments), pixels(4, arguments[0], 8, 8, dtype=torch.float16)
+    for part in (stage.conv, stage.se):
+        part.half()
+    plain = copy.deepcopy(stage).double()
+    with precision.WidenHalf():
+        ours = stage_step(stage, x)
+    with fast.plain():
+        exact = stage_step(plain, x.double())
+    # Every intermediate value and gradient is rounded; and near a kink ReLU's derivative may differ.
+    assert_close(ours, exact, 20 * FP16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [1, 70])
 def test_any_batch_is_summed_whole(batch):
     convs, x = depthwise_convs(5, (3, 5), 2), pixels(batch, 5, 6, 6)
     assert_close(conv_step(convs, x), exact_conv_step(convs, x), FP32)
@@ -164,7 +249,7 @@ def test_depthwise_convolution_of_halves_sums_in_fp32(stride):
 def test_a_frozen_weight_gets_no_gradient():
     convs, x = depthwise_convs(8, (3,), 1), pixels(2, 8, 4, 4).requires_grad_()
     convs[0].weight.requires_grad_(False)
-    fast.depthwise_conv(convs, x).sum().backward()
+    fast.depthwise_conv(convs[0], x).sum().backward()
     assert convs[0].weight.grad is None and x.grad is not None
 
 
@@ -179,19 +264,26 @@ def test_nan_passes_through():
 
 @needs_kernels
 def test_the_same_bits_each_time_and_with_any_number_of_threads():
-    convs, norm = depthwise_convs(40, (3, 5, 7), 2), new_norm(40)
+    norm, stage = new_norm(40), new_stage(40, (3, 5, 7), 2, nn.SiLU, False)
     x = pixels(7, 40, 12, 12)
     found = []
     try:
         for threads in (1, 1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(
-                conv_step(convs, x) | {f"n{k}": t for k, t in norm_step(norm, nn.SiLU(), x, x).items()}
-            )
+            normed = norm_step(norm, nn.SiLU(), x, x)
+            found.append(stage_step(copy.deepcopy(stage), x) | {f"norm {k}": t for k, t in normed.items()})
     finally:
         torch.set_num_threads(1)
     for other in found[1:]:
-        assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
+        assert [name for name, tensor in found[0].items() if not torch.equal(tensor, other[name])] == []
+
+
+@needs_kernels
+def test_the_same_bits_each_time_with_squeeze_excitation():
+    # Its 1x1 convolutions are PyTorch's, so this holds for one number of threads.
+    stage, x = new_stage(40, (3, 5, 7), 2, nn.SiLU, True), pixels(7, 40, 12, 12)
+    first, second = (stage_step(copy.deepcopy(stage), x) for _ in range(2))
+    assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
 
 
 # --- the network -----------------------------------------------------------------------------
@@ -253,26 +345,31 @@ def test_the_score_is_the_same_and_its_hooks_see_every_module():
 def test_other_tensors_take_the_plain_form():
     norm, relu = new_norm(8), nn.ReLU()
     fused = pixels(2, 8, 4, 4)
-    assert "NormAct" in fast.norm_act(norm, relu, fused).grad_fn.name()
+    assert is_fused(fast.norm_act(norm, relu, fused))
     for x in (fused.contiguous(), fused[..., 1:], fused.double()):
         norm.to(x.dtype)
-        assert "NormAct" not in fast.norm_act(norm, relu, x).grad_fn.name()
+        assert not is_fused(fast.norm_act(norm, relu, x))
     convs = depthwise_convs(8, (3,), 1)
-    assert fast.depthwise_conv(convs, fused.contiguous()) is None
-    assert fast.depthwise_conv([nn.Conv2d(8, 8, 3, padding=1)], fused) is None
-    assert fast.depthwise_conv(depthwise_convs(8, (9,), 1), fused) is None
+    assert is_fused(fast.depthwise_conv(convs[0], fused))
+    assert not is_fused(fast.depthwise_conv(convs[0], fused.contiguous()))
+    for conv in (nn.Conv2d(8, 8, 3, padding=1), *depthwise_convs(8, (9,), 1), nn.Conv2d(8, 8, 3, groups=8)):
+        assert not is_fused(fast.depthwise_conv(conv, fused))
 
 
 @needs_kernels
-@pytest.mark.parametrize("watched", [0, 1])
+@pytest.mark.parametrize("watched", ["norm1", "act1", "conv", "conv.0", "norm2", "act2", "se", "se.gate"])
 def test_a_hook_sees_its_module_called(watched):
-    modules, seen = (new_norm(4), nn.ReLU()), []
-    modules[watched].register_forward_hook(lambda *_: seen.append(1))
-    fast.norm_act(*modules, pixels(2, 4, 3, 3))
-    conv = depthwise_convs(4, (3,), 1)[0]
-    conv.register_forward_pre_hook(lambda *_: None)
+    stage, seen = new_stage(12, (3, 5), 1, nn.SiLU, True), []
+    assert is_fused(stage(pixels(2, 12, 6, 6)))
+    stage.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
+    assert not is_fused(stage(pixels(2, 12, 6, 6)))
     assert seen == [1]
-    assert fast.depthwise_conv([conv], pixels(2, 4, 3, 3)) is None
+
+
+@needs_kernels
+def test_eval_mode_with_gradients_takes_the_plain_form():
+    stage = new_stage(12, (3, 5), 1, nn.SiLU, True).eval()
+    assert not is_fused(stage(pixels(2, 12, 6, 6)))
 
 
 def test_one_value_a_channel_is_refused_as_pytorch_does():

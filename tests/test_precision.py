@@ -166,3 +166,22 @@ def test_a_legacy_apex_is_used_where_there_is_one(network, monkeypatch):
 def test_a_module_without_batch_norm_works_too(images):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     assert apply_opt_level(model, "O3")(images).dtype == torch.float32
+
+
+def test_a_ternary_weight_beyond_fp16_keeps_its_signs(network, images):
+    layer = network.blocks[2][0].conv_pw
+    with torch.no_grad():
+        layer.weight.mul_(2.0**20)
+    signs, plain = layer.signs(), network(images)
+    half = apply_opt_level(copy.deepcopy(network), "O3")
+    assert half.blocks[2][0].conv_pw.weight.isfinite().all()
+    flipped = (half.blocks[2][0].conv_pw.signs() != signs).double().mean().item()
+    assert flipped < 0.005, flipped  # rounding may move one across its threshold, overflow moved all
+    assert (half(images) - plain).abs().max() < plain.std()
+
+
+def test_any_other_value_beyond_fp16_is_refused_by_name(network):
+    with torch.no_grad():
+        network.conv_stem.weight[0, 0, 0, 0] = 1e6
+    with pytest.raises(StudyError, match=r"conv_stem\.weight holds 1e\+06, beyond 65504"):
+        apply_opt_level(network, "O2")
