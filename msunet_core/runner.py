@@ -307,6 +307,14 @@ def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 # -- how the run was made ----------------------------------------------------------------------
 
 
+def _seed(values: Mapping[str, object]) -> object:
+    """The seed of the run: SEED, or what the profile says."""
+    if values.get("SEED") is None and values.get("PROFILE"):
+        with contextlib.suppress(StudyError):
+            return load_profile(str(values["PROFILE"])).seed
+    return values.get("SEED")
+
+
 def _record(output: Path, began: int, values: Mapping[str, object], peak_memory: int | None) -> None:
     """Merge this notebook's entry into provenance.json of its run folder."""
     path = output.parent / "provenance.json"
@@ -325,7 +333,7 @@ def _record(output: Path, began: int, values: Mapping[str, object], peak_memory:
     provenance = {
         "command": os.environ.get("MSUNET_COMMAND") or " ".join([Path(sys.executable).name, *sys.argv]),
         "profile": values.get("PROFILE"),
-        "seed": values.get("SEED"),
+        "seed": _seed(values),
         "parameters": dict(values),
         "started": min(entry["started"] for entry in notebooks.values()),
         "wall_seconds": round(sum(entry["wall_seconds"] for entry in notebooks.values()), 2),
