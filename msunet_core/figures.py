@@ -36,7 +36,7 @@ def show_images(images, titles: Sequence[str] = (), columns: int = 10, title: st
     for i, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
         ax.imshow(picture, interpolation="nearest")
         lines = titles[i].splitlines() if i < len(titles) else []
-        ax.set_title("\n".join(textwrap.fill(line, 14) for line in lines), fontsize=8)
+        ax.set_title("\n".join(textwrap.fill(line, 16) for line in lines), fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
     return figure

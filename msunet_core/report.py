@@ -30,7 +30,7 @@ th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px sol
          vertical-align: top; }
 td.number, th.number { text-align: right; }
 code { background: var(--faint); padding: .1em .3em; overflow-wrap: anywhere; }
-.tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; }
+.tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 3rem; }
 .figures { display: grid; gap: 1.5rem;
            grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }
 figure { margin: 0; } figure img { width: 100%; background: white; border: 1px solid var(--line); }
