@@ -18,6 +18,8 @@ from msunet_core import runner
 from msunet_core.errors import StudyError
 from msunet_core.files import lock_folder
 
+pytestmark = pytest.mark.slow  # each starts a kernel
+
 ROOT = Path(__file__).parent.parent
 PARAMETERS = 'PROFILE = "smoke"\nSEED = 0\nDATA = None\nVARIANT = None\nOVERRIDES = ""'
 
