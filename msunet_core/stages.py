@@ -25,11 +25,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .augment import augment, draw_epoch_plan
-from .checkpoint import latest_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, save_checkpoint, tensor_bytes
 from .config import StageConfig
 from .data import ImageData
 from .errors import StudyError
@@ -464,12 +464,8 @@ def _fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _difference(key: str, theirs, own) -> str:
