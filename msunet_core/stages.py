@@ -15,9 +15,7 @@ import hashlib
 import io
 import json
 import math
-import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from .config import StageConfig
 from .data import ImageData
 from .errors import StudyError
 from .evaluation import BATCH_SIZE, accuracy, class_scores
+from .events import Events
 from .files import atomic_write, lock_folder, write_fault
 from .pruning import GROUPS, cubic_sparsity
 from .ternary import set_alpha
@@ -241,7 +240,7 @@ class _Stage:
     def run(self, show: Progress) -> None:
         if self.epoch >= self.config.epochs and self.path.exists():
             return
-        with _StopSignals() as stop, self._events() as events:
+        with _StopSignals() as stop, Events(self.folder, self.epoch) as events:
             while self.epoch < self.config.epochs:
                 started = time.perf_counter()
                 self._run_epoch(show, stop)
@@ -343,9 +342,6 @@ class _Stage:
 
     # -- what is shown -----------------------------------------------------------------------
 
-    def _events(self) -> _Events:
-        return _Events(self.folder, self.epoch)
-
     def _write_tables(self) -> None:
         text = io.StringIO()
         if self.history:
@@ -368,50 +364,6 @@ class _Stage:
         self.shell.config = self._network()
         set_alpha(self.shell, self.shell.config["alpha"])
         return StageResult(self.shell.eval(), pd.DataFrame(self.history), self._metrics(), self.path)
-
-
-class _Events:
-    """Scalars for TensorBoard, written before the next step begins.
-
-    SummaryWriter has a thread write them: on a full disk that thread dies, and closing waits for it.
-    """
-
-    def __init__(self, folder: Path, first_epoch: int):
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # only a stage that trains needs them
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
-        # TensorBoard takes the order of the files' names for the order of what is in them.
-        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        try:
-            self.file = self.path.open("wb", buffering=0)
-        except OSError as error:
-            raise write_fault(self.path, error) from error
-        self.records = RecordWriter(self.file)
-        self._write(file_version="brain.Event:2")
-        # Whatever an interrupted process wrote of this epoch or later is not to be shown.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=first_epoch, session_log=start)
-
-    def add(self, epoch: int, scalars: dict[str, float]) -> None:
-        values = [
-            self.summary.Value(tag=name, simple_value=value)
-            for name, value in scalars.items()
-            if name != "epoch" and math.isfinite(value)
-        ]
-        self._write(step=epoch, summary=self.summary(value=values))
-
-    def _write(self, **fields) -> None:
-        try:
-            self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
-        except OSError as error:
-            raise write_fault(self.path, error) from error
-
-    def __enter__(self) -> _Events:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.file.close()
 
 
 class _StopSignals:

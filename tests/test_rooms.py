@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "memory",
     "files",
+    "events",
     "synthetic",
     "data",
     "augment",
