@@ -1,6 +1,6 @@
 # The study by one command each. `make help` lists them; README.md explains the variables.
 #
-#   make reproduce [PROFILE=smoke|quick|paper|FILE.yaml] [RUN=name] [DATA=synthetic|cifar100|PATH] [DEVICE=] [SEED=]
+#   make reproduce [PROFILE=smoke|cpu|quick|paper|FILE.yaml] [RUN=name] [DATA=synthetic|cifar100|PATH] [DEVICE=] [SEED=]
 #                  [LIMIT=images per class] [VARIANT=v1|v2|v3] [SET="train.epochs=3 prune.lr=1e-3"]
 
 SHELL := bash

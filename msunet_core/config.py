@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from .cutmix import CONSISTENCY
+from .data import IMAGE_SIZE
 from .errors import StudyError, closest
 from .network import VARIANTS
 from .precision import OPT_LEVELS
@@ -58,6 +59,8 @@ class StageConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     augment: bool = True
+    # Progressive resizing: side in pixels of the training images of each epoch, whole ones after the last.
+    image_sizes: tuple[int, ...] = ()
     cutmix_probability: float = 0.5
     cutmix_until: int | None = None  # first epoch without CutMix; None: on to the end
     consistency: str = "as-described"
@@ -91,6 +94,11 @@ class StageConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise StudyError(f"{name} {value!r} is outside {low} .. {high}; correct it in the profile")
+        for size in self.image_sizes:
+            if not 8 <= size <= IMAGE_SIZE:
+                raise StudyError(
+                    f"image_sizes holds {size}, outside 8 .. {IMAGE_SIZE}; correct it in the profile"
+                )
         for name, choices in (
             ("schedule", SCHEDULES),
             ("consistency", CONSISTENCY),
@@ -166,7 +174,7 @@ def load_profile(
 
     Parameters
     ----------
-    name : "smoke", "quick", "paper", or the path of a .yaml file of the same form
+    name : "smoke", "cpu", "quick", "paper", or the path of a .yaml file of the same form
     variant, data, limit, seed, device : replace the profile's own where not None
     overrides : "train.epochs=3" and the like, a sequence or one string separated by spaces
 

@@ -296,6 +296,7 @@ class _Stage:
             "epoch": self.epoch,
             "lr": learning_rate(config, self.epoch),
             "alpha": alpha_of_epoch(config, self.epoch),
+            **({"image_size": learner.image_size} if config.image_sizes else {}),
             "train_loss": self.losses.mean().item(),
             "zeros_ternary": learner.zeros(),
             "loss_scale": scale,

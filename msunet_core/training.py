@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .augment import StepPlan, augment
 from .config import StageConfig
 from .cutmix import cutmix_loss
+from .data import IMAGE_SIZE
 from .errors import StudyError
 from .precision import BACKOFF_FACTOR, GROWTH_FACTOR, GROWTH_INTERVAL, LOSS_SCALE, MasterWeights
 from .pruning import Pruner
@@ -44,6 +45,11 @@ def alpha_of_epoch(config: StageConfig, epoch: int) -> float:
     if config.alpha is not None:
         return config.alpha
     return alpha_schedule(epoch, config.alpha_start, config.alpha_end)
+
+
+def image_size_of_epoch(config: StageConfig, epoch: int) -> int:
+    """Side in pixels of an epoch's training images (progressive resizing; 32 is all of them)."""
+    return config.image_sizes[epoch] if epoch < len(config.image_sizes) else IMAGE_SIZE
 
 
 @contextlib.contextmanager
@@ -125,9 +131,11 @@ class Learner:
         )
         prunable = {**self.masters.frozen, **parameters}
         self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
+        self.image_size = IMAGE_SIZE
 
     def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:
-        """Set alpha and learning rate; choose this epoch's masks, unless they came with a checkpoint."""
+        """Set alpha, rate and image size; choose this epoch's masks, unless they came with a checkpoint."""
+        self.image_size = image_size_of_epoch(self.config, epoch)
         set_alpha(self.model, alpha_of_epoch(self.config, epoch))
         self.set_rate(learning_rate(self.config, epoch))
         if not resumed:
@@ -162,8 +170,15 @@ class Learner:
     def loss(self, inputs: Tensor, targets: Tensor, plan: StepPlan) -> Tensor:
         if plan.use_cutmix:
             mode = self.config.consistency
-            return cutmix_loss(self.model, inputs, targets, plan.partner, plan.box, plan.lam, mode)[0]
-        return F.cross_entropy(self.model(inputs), targets)
+            return cutmix_loss(self.scores, inputs, targets, plan.partner, plan.box, plan.lam, mode)[0]
+        return F.cross_entropy(self.scores(inputs), targets)
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """Class scores of images (B, 3, 32, 32), shrunk to this epoch's size by the mean of their pixels."""
+        if self.image_size != inputs.shape[-1]:
+            inputs = F.interpolate(inputs, size=(self.image_size, self.image_size), mode="area")
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return self.model(inputs)
 
     def _mask(self) -> None:
         self.pruner.apply()

@@ -93,6 +93,30 @@ def test_alpha_follows_the_published_schedule_unless_it_is_fixed(epoch, alpha):
     assert alpha_of_epoch(paper.prune, epoch) == 0.67749
 
 
+def test_progressive_resizing_shrinks_the_images_of_the_epochs_it_names(images, new_network, recipe):
+    learner = Learner(new_network(), recipe(image_sizes=(16, 24)))
+    seen = []
+    learner.model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[1:])))
+    inputs = torch.rand(2, 3, 32, 32)
+    for epoch in range(3):
+        learner.begin_epoch(epoch)
+        learner.step(images.train_images, images.train_labels, plan_for(images).step(0))
+        learner.scores(inputs)
+    assert list(dict.fromkeys(seen)) == [(3, size, size) for size in (16, 24, 32)]
+    assert seen == sorted(seen)
+
+
+def test_a_shrunk_image_is_the_mean_of_the_pixels_it_covers(new_network, recipe):
+    learner = Learner(new_network(), recipe(image_sizes=(16,)))
+    learner.begin_epoch(0)
+    learner.model.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    given: list[torch.Tensor] = []
+    inputs = torch.rand(2, 3, 32, 32)
+    learner.scores(inputs)
+    means = inputs.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    torch.testing.assert_close(given[0], means)
+
+
 # --- the step ---------------------------------------------------------------------------------------------
 
 
