@@ -54,7 +54,7 @@ def plot_curves(history: pd.DataFrame, marks: dict[str, int] | None = None) -> p
     """Loss and test accuracy per epoch, side by side; ``marks`` names epochs to point at."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     tested = history[history["test_top1"].notna()]
-    left.plot(history["epoch"], history["train_loss"], label="training (with CutMix and its regularizer)")
+    left.plot(history["epoch"], history["train_loss"], label="training (augmented images)")
     left.plot(tested["epoch"], tested["test_loss"], marker=".", label="test")
     left.set(xlabel="epoch", ylabel="loss (nats)", title="Does the loss fall?")
     right.plot(tested["epoch"], tested["test_top1"], marker=".", label="top-1")
