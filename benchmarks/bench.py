@@ -195,6 +195,15 @@ class Ours(Released):
 
         return self.rate(run)
 
+    def copy_share(self, rate: float) -> dict:
+        """Bytes a step must move, this machine's copy bandwidth, and the share of it that a rate reaches."""
+        import torch
+        from bandwidth import copy_bandwidth, step_bytes
+
+        moved = step_bytes(self.learner.model, BATCH)
+        bandwidth = copy_bandwidth(torch.device("cpu"), 2**28)
+        return {"bytes": moved, "copy GB/s": bandwidth / 1e9, "share": moved * rate / BATCH / bandwidth}
+
     def scoring(self, count: int) -> float:
         """Seconds of one score."""
         from msunet_core import score
@@ -314,11 +323,27 @@ def measure(threads: int, repeats: int, is_quick: bool) -> dict:
     results["start-up (import)"] |= {"ratio": summary(ratios), "unit": "s"}
     report_row("start-up (import)", results["start-up (import)"])
     ours = ways["ours"]
+    results["share of copy bandwidth"] = ours.ask("copy_share", results["step"]["ours"]["median"])
+    found = results["share of copy bandwidth"]
+    print(f"a step moves {100 * found['share']:.0f} % of what a copy would, at {found['copy GB/s']:.1f} GB/s")
     results["scoring"] = {"ours": summary([ours.ask("scoring", 1) for _ in range(repeats)]), "unit": "s"}
     report_row("scoring", results["scoring"])
     results["scaling"] = ours.ask("scaling", 0.25 if is_quick else 1.0)
     ours.close()
     return results
+
+
+def gpu_report(repeats: int) -> dict:
+    """As :func:`bench_gpu.measure_gpu`; a failure there must not cost the CPU's figures."""
+    import traceback
+
+    from bench_gpu import measure_gpu
+
+    try:
+        return measure_gpu(repeats)
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def start_up(code: str) -> float:
@@ -339,60 +364,78 @@ def report_row(task: str, result: dict) -> None:
     print(f"{task:<24} {result['unit']:<18} {cells[0]:<30} {cells[1]:<30} {text}", flush=True)
 
 
-def measure_gpu(repeats: int) -> dict:
-    """On a CUDA device: copy bandwidth, training rate at O2, the ten kernels that take most of a step.
+# --- the table of the README -----------------------------------------------------------------
 
-    "share of copy bandwidth": the bytes that the layers of a step have to read and write if each does so once
-    (its input and output, in the forward pass and for both gradients), over the time of the step, over the
-    measured bandwidth of a copy. Not measured by the authors of the CPU part.
-    """
-    import torch
+# task of the report: its name in the table
+ROWS = {
+    "step": "training step",
+    "step, consistency": "training step with consistency",
+    "data": "data pipeline, per core",
+    "evaluation O0": "evaluation at O0",
+    "evaluation O3": "evaluation at O3",
+    "peak memory of training": "peak memory of training",
+}
 
-    from msunet_core import StageConfig, build_msunet
-    from msunet_core.augment import draw_epoch_plan
-    from msunet_core.training import Learner
 
-    def seconds(work: Callable[[], object]) -> float:
-        found = []
-        for _ in range(repeats + 2):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-        return statistics.median(found[2:])
-
-    block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    bandwidth = 2 * block.numel() / seconds(block.clone)
-    batch = 256
-    model = build_msunet().cuda()
-    moved = []
-    hooks = [
-        module.register_forward_hook(
-            lambda _, args, out: moved.append(3 * 2 * (args[0].numel() + out.numel()))
-        )
-        for module in model.modules()
-        if not list(module.children())
+def markdown(report: dict) -> str:
+    """The report as the tables that the README shows."""
+    hardware = report["hardware"]
+    lines = [
+        f"| v3, batch {BATCH}, FP32 | as released | ours | times better (low..high) |",
+        "|---|---|---|---|",
     ]
-    with torch.no_grad():
-        model.eval()(torch.zeros(batch, 3, 32, 32, device="cuda"))
-    for hook in hooks:
-        hook.remove()
-    learner = Learner(model, StageConfig(epochs=1, batch_size=batch, lr=1e-3, alpha=0.67749, opt_level="O2"))
-    images, labels = (tensor.cuda() for tensor in random_images(batch))
-    plan = draw_epoch_plan(batch, batch, seed=0, stage="bench", epoch=0, cutmix_probability=0.0).to("cuda")
-    step = seconds(lambda: learner.step(images, labels, plan.step(0)))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        learner.step(images, labels, plan.step(0))
-        torch.cuda.synchronize()
-    kernels = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:10]
-    return {
-        "device": torch.cuda.get_device_name(),
-        "copy GB/s": bandwidth / 1e9,
-        "step O2, images/s": batch / step,
-        "share of copy bandwidth": sum(moved) / step / bandwidth,
-        "kernels, ms a step": {kernel.key: kernel.self_device_time_total / 1e3 for kernel in kernels},
-    }
+    lines += [
+        _line(name, report["results"][task]) for task, name in ROWS.items() if task in report["results"]
+    ]
+    share = report["results"].get("share of copy bandwidth")
+    cores = f"{report['threads']} threads on {hardware['cores']} cores of {hardware['cpu']}"
+    text = f"{cores}; medians of {report['repeats']} alternated repeats in one run."
+    if share:
+        text += (
+            f" A step must move {share['bytes'] / 1e9:.2f} GB, and did so at {100 * share['share']:.0f} % of"
+            f" the bandwidth of a copy, {share['copy GB/s']:.1f} GB/s."
+        )
+    lines += ["", text, ""]
+    gpu = report["gpu"]
+    if gpu is None or "failed" in gpu:
+        why = "there was none" if gpu is None else f"it failed ({gpu['failed']})"
+        return "\n".join([*lines, f"On a GPU: not measured, {why}.", ""])
+    lines += ["| v3 on a GPU | as released | ours | times better (low..high) | share of copy bandwidth |"]
+    lines += ["|---|---|---|---|---|"]
+    for task, found in gpu["results"].items():
+        share = found.get("share of copy bandwidth")
+        lines.append(f"{_line(task, found)} {f'{100 * share:.0f} %' if share else '-'} |")
+    lines += ["", f"{gpu.get('device', 'device')}, copy {gpu['copy GB/s']:.0f} GB/s.", ""]
+    for batch, found in gpu["ours"].items():
+        mixed = found["images/s with CutMix and consistency at p 0.5"]
+        data = found["data pipeline's share of a step"]
+        lines.append(
+            f"{batch}: {_short(mixed)} images/s with CutMix and consistency at p 0.5; "
+            f"data {100 * data:.1f} % of a step; "
+            f"{found['kinds of step recorded as CUDA graphs']} kinds of step recorded as CUDA graphs."
+        )
+        lines += ["", "| kernel | ms a step |", "|---|---|"]
+        lines += [f"| `{name[:90]}` | {ms:.3f} |" for name, ms in found["kernels, ms a step"].items()] + [""]
+    return "\n".join(lines)
+
+
+def _line(name: str, result: dict) -> str:
+    cells = [_with_unit(result[way]["median"], result["unit"]) for way in ("released", "ours")]
+    ratio = result["ratio"]
+    spread = f" ({ratio['low']:.1f}..{ratio['high']:.1f})" if len(ratio["values"]) > 1 else ""
+    return f"| {name} | {cells[0]} | {cells[1]} | {ratio['median']:.1f}{spread} |"
+
+
+def _with_unit(value: float, unit: str) -> str:
+    if unit == "MB":
+        return f"{value / 1e3:.1f} GB"
+    return f"{_short(value)} {unit.removesuffix(' per core')}"
+
+
+def _short(value: float) -> str:
+    """Three digits: 15.8, 101, 56,600."""
+    digits = 2 - len(f"{abs(value):.0f}") + 1
+    return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
 def main() -> None:
@@ -422,7 +465,7 @@ def main() -> None:
     print("MB after each epoch:", ", ".join(f"{mb:.0f}" for mb in memory))
     report = {
         "results": results,
-        "gpu": measure_gpu(repeats) if torch.cuda.is_available() else None,
+        "gpu": gpu_report(repeats) if torch.cuda.is_available() else None,
         "threads": arguments.threads,
         "repeats": repeats,
         "quick": arguments.quick,
@@ -433,12 +476,14 @@ def main() -> None:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "seconds": time.time() - began,
     }
-    if report["gpu"]:
-        print(json.dumps(report["gpu"], indent=1))
     folder = Path(os.environ.get("MSUNET_RUNS") or ROOT / "runs") / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "bench.json", json.dumps(report, indent=1) + "\n")
-    print(f"Times of one run on one machine; the ratios are what counts. Written to {folder / 'bench.json'}")
+    atomic_write(folder / "bench.md", markdown(report))
+    print(markdown(report))
+    print(
+        f"Times of one run on one machine; the ratios are what counts. Written to {folder}/bench.json and .md"
+    )
 
 
 if __name__ == "__main__":

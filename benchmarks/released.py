@@ -31,7 +31,7 @@ class Ternary1x1(nn.Conv2d):
         weight = self.weight
         z = (weight - weight.mean()) / weight.std()
         signs = (z > ALPHA).to(z.dtype) - (z < -ALPHA).to(z.dtype)
-        scale = (2.0 / weight.shape[1] * signs.numel() / signs.abs().sum()).sqrt()
+        scale = (2.0 / weight.shape[1] * signs.numel() / signs.count_nonzero()).sqrt()
         folded = weight + (signs - weight).detach()  # the gradient passes straight through
         return F.conv2d(x, folded) * scale
 

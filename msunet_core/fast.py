@@ -2,7 +2,8 @@
 
 PyTorch computes them well but one by one: batch norm and activation each pass over tensors that fit no
 cache, and the weight gradient of a 5x5 or 7x7 depthwise convolution takes several times its forward pass.
-``kernels.cpp`` does the same sums in fewer passes. It is compiled at first use, in some seconds, by the C++
+``kernels.cpp`` does the same sums in fewer passes; in eval mode a whole block is one, and its ternary 1x1
+convolutions only add. It is compiled at first use, in some seconds, by the C++
 compiler of the machine for that machine's processor, and kept in the user's cache folder.
 
 Where that is not to be had (no compiler, another processor, a GPU, a dtype or memory layout that the
@@ -31,6 +32,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import gpu
+from .ternary import TernaryConv2d, ternary_scale
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Kernels are for this processor only, so wide vectors where it has them. Nothing links OpenMP's library:
 # its functions are found in the copy that PyTorch has loaded, so that both use the same threads.
@@ -39,8 +43,9 @@ COMPILE_SECONDS = 120
 
 ACTS = {type(None): 0, nn.ReLU: 1, nn.SiLU: 2}
 KERNELS, STRIDES = (3, 5, 7), (1, 2)
-# As in kernels.cpp: channels in a vector, rows of Affine, and SUMS.
-LANES, AFFINE, SUMS = 16, 6, 5
+# As in kernels.cpp: channels that buffers are padded to, rows of Affine, SUMS, and outputs of a ternary
+# convolution come in multiples of OUTPUTS.
+WIDTH, AFFINE, SUMS, OUTPUTS = 16, 6, 5, 4
 
 # C signature of each function of kernels.cpp, without the last argument, the threads: p pointer, i int,
 # l long, f float.
@@ -51,8 +56,9 @@ SIGNATURES = {
     "sums": "iipplllpip",
     "combine": "ppplllppp",
     "norm_gradient": "iippplllp",
-    "conv_forward": "iiilpppppllllllpppp",
+    "conv_forward": "iiilpppppllllllpp",
     "conv_backward": "iiilpppppppllllllpppppp",
+    "residual": "iiilpppppllllllllpplppplpplpi",
 }
 C_TYPES = {"p": c_void_p, "i": c_int, "l": c_long, "f": c_float}
 
@@ -62,7 +68,12 @@ _plain = False
 
 def enabled() -> bool:
     """Whether the kernels are there and not switched off."""
-    return not _plain and os.environ.get("MSUNET_FAST") != "0" and library() is not None
+    return not switched_off() and library() is not None
+
+
+def switched_off() -> bool:
+    """Whether the plain PyTorch form is asked for, on a CPU and on a GPU."""
+    return _plain or os.environ.get("MSUNET_FAST") == "0"
 
 
 @contextlib.contextmanager
@@ -148,6 +159,18 @@ def _serves(x: Tensor, *modules: nn.Module | None) -> bool:
     )
 
 
+def _serves_on_gpu(family: str, x: Tensor, *modules: nn.Module | None) -> bool:
+    """As :func:`_serves`, for a family of the GPU's kernels."""
+    return (
+        x.is_cuda
+        and gpu.is_images(x)
+        and not switched_off()
+        and not torch.is_autocast_enabled("cuda")
+        and not any(_is_watched(module) for module in modules)
+        and gpu.works(family, x.device)
+    )
+
+
 def _is_watched(module: nn.Module | None) -> bool:
     """Whether somebody waits for this very module to be called."""
     return module is not None and bool(
@@ -188,6 +211,10 @@ def norm_act(norm: nn.BatchNorm2d, act: nn.Module | None, x: Tensor, skip: Tenso
     act : ``nn.ReLU``, ``nn.SiLU`` or None
     x, skip : (B, C, H, W)
     """
+    if norm.training and _serves_on_gpu("batch norm", x, norm, act):
+        skip_fits = skip is None or (skip.shape == x.shape and skip.dtype == x.dtype and gpu.is_images(skip))
+        if skip_fits and _fits(norm, act, x.numel() // x.shape[1]):
+            return gpu.norm_act(norm, ACTS[type(act)], x, skip)
     skip_fits = skip is None or (skip.shape == x.shape and skip.dtype == x.dtype and _serves(skip))
     if not (skip_fits and _fits(norm, act, x.numel() // x.shape[1]) and _serves(x, norm, act)):
         y = norm(x)
@@ -236,7 +263,7 @@ def _norm(norm: nn.BatchNorm2d, moments: Tensor | None, values: int) -> Tensor:
 
 
 def _padded(channels: int) -> int:
-    return -(-channels // LANES) * LANES
+    return -(-channels // WIDTH) * WIDTH
 
 
 def _sums(x: Tensor) -> Tensor:
@@ -281,15 +308,19 @@ def depthwise_conv(conv: nn.Module, x: Tensor) -> Tensor:
     Groups are read from and written to where they lie.
     """
     convs = list(conv.children()) or [conv]
-    if not (_are_depthwise(convs, x) and _serves(x, conv, *convs)):
+    are_depthwise = _are_depthwise(convs, x.dtype, x.shape[1])
+    if are_depthwise and _serves_on_gpu("depthwise convolution", x, conv, *convs):
+        layers = convs[0].stride[0], [layer.weight for layer in convs]
+        return gpu.depthwise(x, *layers) if gpu.depthwise_pays(conv, x, *layers) else conv(x)
+    if not (are_depthwise and _serves(x, conv, *convs)):
         return conv(x)
     return _Depthwise.apply(x, convs[0].stride[0], *[conv.weight for conv in convs])
 
 
-def _are_depthwise(convs: list[nn.Module], x: Tensor) -> bool:
+def _are_depthwise(convs: list[nn.Module], dtype: torch.dtype, channels: int) -> bool:
     return (
-        all(_is_depthwise(conv, x.dtype) for conv in convs)
-        and sum(conv.in_channels for conv in convs) == x.shape[1]
+        all(_is_depthwise(conv, dtype) for conv in convs)
+        and sum(conv.in_channels for conv in convs) == channels
         and len({conv.stride for conv in convs}) == 1
     )
 
@@ -312,9 +343,9 @@ def _is_depthwise(conv: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
-def _empty_output(x: Tensor, stride: int) -> Tensor:
+def _empty_output(x: Tensor, stride: int, channels: int) -> Tensor:
     size = [(n - 1) // stride + 1 for n in x.shape[2:]]
-    return torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=torch.channels_last)
+    return torch.empty(len(x), channels, *size, dtype=x.dtype, memory_format=torch.channels_last)
 
 
 class _Weights:
@@ -331,11 +362,10 @@ class _Weights:
         )
 
 
-def _convolve(x, y, stride, weights, act=0, before=None, after=None, moments=None, pooled=None) -> None:
+def _convolve(x, y, stride, weights, act=0, before=None, moments=None) -> None:
     packed = _Weights(weights)
     shape = len(x), *x.shape[2:], *y.shape[2:], x.shape[1]
-    norms = before, after, moments, pooled
-    _call("conv_forward", _is_half(x), act, stride, *packed.arguments, x, y, *shape, *norms)
+    _call("conv_forward", _is_half(x), act, stride, *packed.arguments, x, y, *shape, before, moments)
 
 
 def _convolve_back(
@@ -356,7 +386,7 @@ def _convolve_back(
 class _Depthwise(Function):
     @staticmethod
     def forward(ctx, x, stride, *weights):
-        y = _empty_output(x, stride)
+        y = _empty_output(x, stride, x.shape[1])
         _convolve(x, y, stride, weights)
         ctx.save_for_backward(x, *weights)
         ctx.stride = stride
@@ -399,29 +429,20 @@ def depthwise_stage(
     outputs = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
     served = (
         type(act1) is type(act2)
-        and norm1.training == norm2.training
+        and norm1.training
+        and norm2.training
         and _fits(norm1, act1, x.numel() // x.shape[1])
         and _fits(norm2, act2, outputs)
-        and _are_depthwise(convs, x)
+        and _are_depthwise(convs, x.dtype, x.shape[1])
         and _serves(x, norm1, act1, conv, *convs, norm2, act2, *se.modules())
     )
     if not served:
         return se(norm_act(norm2, act2, depthwise_conv(conv, norm_act(norm1, act1, x))))
     excite = None if isinstance(se, nn.Identity) else se.excite
     weights = [conv.weight for conv in convs]
-    if not norm1.training:
-        return _stage_in_eval(norm1, ACTS[type(act1)], weights, stride, norm2, excite, x)
     norms = norm1.weight, norm1.bias, norm2.weight, norm2.bias
     parts = norm1, ACTS[type(act1)], stride, len(weights), norm2, excite
     return _Stage.apply(x, parts, *norms, *weights, *se.parameters())
-
-
-def _stage_in_eval(norm1, act, weights, stride, norm2, excite, x) -> Tensor:
-    y = _empty_output(x, stride)
-    pooled = None if excite is None else torch.empty(x.shape[:2])
-    before, after = _norm(norm1, None, 0), _norm(norm2, None, 0)
-    _convolve(x, y, stride, weights, act, before, after, pooled=pooled)
-    return y if excite is None else y.mul_(excite(pooled.to(x.dtype)[:, :, None, None]))
 
 
 class _Stage(Function):
@@ -429,7 +450,7 @@ class _Stage(Function):
     def forward(ctx, x, parts, weight1, bias1, weight2, bias2, *rest):
         norm1, act, stride, count, norm2, excite = parts
         weights = rest[:count]
-        y = _empty_output(x, stride)
+        y = _empty_output(x, stride, x.shape[1])
         moments = torch.empty(2, x.shape[1], dtype=torch.float64)
         before = _norm(norm1, _moments(x), x.numel() // x.shape[1])
         _convolve(x, y, stride, weights, act, before, moments=moments)
@@ -474,3 +495,89 @@ class _Stage(Function):
         dweight1, dbias1 = _combine(sums, None, None, x, before)
         _call("norm_gradient", _is_half(x), 0, dx, x, dx, *_as_pixels(x), before)
         return dx, None, dweight1, dbias1, dweight2, dbias2, *dweights, *se_grads
+
+
+# --- a whole block in eval mode --------------------------------------------------------------
+
+
+def residual_in_eval(
+    expand: nn.Module | None,
+    norm1: nn.BatchNorm2d | None,
+    act1: nn.Module | None,
+    conv: nn.Module,
+    norm2: nn.BatchNorm2d,
+    act2: nn.Module,
+    se: nn.Module | None,
+    project: nn.Module,
+    norm3: nn.BatchNorm2d,
+    x: Tensor,
+    has_skip: bool,
+) -> Tensor | None:
+    """``norm3(project(se(act2(norm2(conv(act1(norm1(expand(x)))))))))``, plus ``x`` where ``has_skip``.
+
+    For ternary 1x1 convolutions. These only add: three inputs have 27 possible sums, which are computed once
+    for all outputs. The kernel goes image by image, so that what lies between x and the result stays in a
+    core's caches.
+
+    Parameters
+    ----------
+    expand, norm1, act1 : None where a block has none of them
+    conv : depthwise, or several over consecutive channel groups
+    se : squeeze-excitation with ``conv_reduce`` and ``conv_expand`` (Swish between, then a sigmoid gate),
+        ``nn.Identity`` or None
+    x : (B, C, H, W)
+
+    Returns
+    -------
+    None where the kernel does not apply; the caller then computes it layer by layer.
+    """
+    convs, se = list(conv.children()) or [conv], None if isinstance(se, nn.Identity) else se
+    channels, norms = norm2.num_features, [norm2, norm3]
+    layers = [conv, norm2, act2, project, norm3]
+    if expand is not None:
+        norms, layers = [norm1, *norms], [expand, norm1, act1, *layers]
+    if se is not None:
+        layers.append(se)
+    served = (
+        all(not norm.training and _fits(norm, act2, 0) for norm in norms)
+        and (expand is None or (type(act1) is type(act2) and _is_ternary(expand, x.shape[1])))
+        and _is_ternary(project, channels)
+        and _are_depthwise(convs, x.dtype, channels)
+        and _serves(x, *(module for layer in layers for module in layer.modules()))
+    )
+    if not served:
+        return None
+    stride = convs[0].stride[0]
+    y = _empty_output(x, stride, norm3.num_features)
+    packed = _Weights([conv.weight for conv in convs])
+    excitation, reduced = None, 0
+    if se is not None:
+        reduced, transposed = se.conv_reduce.out_channels, se.conv_expand.weight.flatten(1).t()
+        weights = se.conv_reduce.weight, se.conv_reduce.bias, transposed, se.conv_expand.bias
+        excitation = _Weights(weights)
+    _call(
+        *("residual", _is_half(x), ACTS[type(act2)], stride, *packed.arguments, x, y),
+        *(len(x), *x.shape[2:], *y.shape[2:], x.shape[1], channels, y.shape[1]),
+        *((None, None, 0, None) if expand is None else (*_signs(expand, x.dtype), _norm(norm1, None, 0))),
+        *(_norm(norm2, None, 0), excitation and excitation.arguments[-1], reduced),
+        *(*_signs(project, x.dtype), _norm(norm3, None, 0), has_skip),
+    )
+    return y
+
+
+def _is_ternary(conv1x1: nn.Module, channels: int) -> bool:
+    """Whether the kernels know a 1x1 convolution of ``channels``, or several over equal groups of them."""
+    convs = list(conv1x1.children()) or [conv1x1]
+    return (
+        all(isinstance(conv, TernaryConv2d) and conv.kernel_size == (1, 1) for conv in convs)
+        and len({conv.weight.shape for conv in convs}) == 1
+        and sum(conv.in_channels for conv in convs) == channels
+        and convs[0].out_channels % OUTPUTS == 0
+    )
+
+
+def _signs(conv1x1: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Signs and scales of all outputs as the kernels take them, and the number of groups."""
+    signs = [conv.signs() for conv in list(conv1x1.children()) or [conv1x1]]
+    scale = torch.cat([ternary_scale(s).expand(len(s)) for s in signs]).to(dtype)
+    return torch.cat(signs).float(), scale.float(), len(signs)

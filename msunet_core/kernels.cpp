@@ -1,7 +1,8 @@
-// CPU kernels for what bounds a training step: batch norm, activation, depthwise convolution, squeeze-excitation.
+// CPU kernels for what bounds a training step: batch norm, activation, depthwise convolution, squeeze-excitation;
+// and for a whole inverted residual in eval mode, with its ternary 1x1 convolutions.
 //
 // All tensors are images in channels-last memory, so the channels of a pixel are consecutive and every kernel
-// works on 16 channels at once; float or half storage, float arithmetic. Plain functions on raw pointers:
+// works on a vector of them; float or half storage, float arithmetic. Plain functions on raw pointers:
 // nothing of PyTorch is included, fast.py compiles this in seconds and calls it by ctypes.
 //
 // Sums over the batch are taken in float inside an image and in double over the images, whichever thread an
@@ -16,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -25,93 +27,76 @@
 
 namespace {
 
-constexpr long LANES = 16;
-constexpr long RING = 8;  // rows kept of an image: at least the largest kernel's, a power of 2
 #ifdef __AVX512F__
-constexpr int TILE = 8;  // output pixels kept in registers
+constexpr long LANES = 16;  // of a vector
+typedef __m256i halves;
+typedef __mmask16 mask;
 #else
-constexpr int TILE = 4;  // a vector is two registers here, and there are 16
+constexpr long LANES = 8;
+typedef __m128i halves;
+typedef __m256i mask;
 #endif
+constexpr long WIDTH = 16;  // buffers are padded to so many channels, whatever a vector holds
+constexpr long RING = 8;    // rows kept of an image, a power of 2: at least the largest kernel's
+constexpr int TILE = 8;     // output pixels kept in registers
 
-typedef float vec __attribute__((vector_size(64)));
-typedef float unaligned_vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(64)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 struct half { uint16_t bits; };
 
-// --- loads and stores of up to 16 channels ---------------------------------------------------
+// --- loads and stores of up to LANES channels ------------------------------------------------
 
-// FULL: all 16. Otherwise the first n; the rest reads as 0 and is not written.
+// FULL: all of them. Otherwise the first n; the rest reads as 0 and is not written.
 #ifdef __AVX512F__
-inline __mmask16 first(long n) { return __mmask16((1u << n) - 1); }
-inline vec widen(__m256i h) { return (vec)_mm512_cvtph_ps(h); }
-inline __m256i narrow(vec v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+inline mask first(long n) { return mask((1u << n) - 1); }
+inline vec widen(halves h) { return (vec)_mm512_cvtph_ps(h); }
+inline halves narrow(vec v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+inline vec load_some(const float* p, long n) { return (vec)_mm512_maskz_loadu_ps(first(n), p); }
+inline void store_some(float* p, vec v, long n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
 #else
-inline __m256i first(long n) {  // of 8
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane);
+inline mask first(long n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-union Halves { vec all; __m256 part[2]; };
-inline vec widen(__m256i h) {
-  Halves u;
-  u.part[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
-  u.part[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
-  return u.all;
-}
-inline __m256i narrow(vec v) {
-  Halves u{v};
-  return _mm256_set_m128i(_mm256_cvtps_ph(u.part[1], _MM_FROUND_TO_NEAREST_INT),
-                          _mm256_cvtps_ph(u.part[0], _MM_FROUND_TO_NEAREST_INT));
-}
+inline vec widen(halves h) { return (vec)_mm256_cvtph_ps(h); }
+inline halves narrow(vec v) { return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+inline vec load_some(const float* p, long n) { return (vec)_mm256_maskload_ps(p, first(n)); }
+inline void store_some(float* p, vec v, long n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
 #endif
 
 template <bool FULL> inline vec load(const float* p, long n) {
-  if (FULL) return *(const unaligned_vec*)p;
-#ifdef __AVX512F__
-  return (vec)_mm512_maskz_loadu_ps(first(n), p);
-#else
-  Halves u;
-  u.part[0] = _mm256_maskload_ps(p, first(n));
-  u.part[1] = _mm256_maskload_ps(p + 8, first(n - 8));
-  return u.all;
-#endif
+  return FULL ? *(const unaligned_vec*)p : load_some(p, n);
 }
 template <bool FULL> inline void store(float* p, vec v, long n) {
-  if (FULL) {
-    *(unaligned_vec*)p = v;
-    return;
-  }
-#ifdef __AVX512F__
-  _mm512_mask_storeu_ps(p, first(n), (__m512)v);
-#else
-  Halves u{v};
-  _mm256_maskstore_ps(p, first(n), u.part[0]);
-  _mm256_maskstore_ps(p + 8, first(n - 8), u.part[1]);
-#endif
+  if (FULL) *(unaligned_vec*)p = v;
+  else store_some(p, v, n);
 }
 template <bool FULL> inline vec load(const half* p, long n) {
-  if (FULL) return widen(_mm256_loadu_si256((const __m256i*)p));
-  half some[LANES] = {};
-  memcpy(some, p, n * sizeof(half));
-  return widen(_mm256_loadu_si256((const __m256i*)some));
+  halves some = {};
+  memcpy(&some, p, FULL ? sizeof(some) : n * sizeof(half));
+  return widen(some);
 }
 template <bool FULL> inline void store(half* p, vec v, long n) {
-  if (FULL) {
-    _mm256_storeu_si256((__m256i*)p, narrow(v));
-    return;
-  }
-  half some[LANES];
-  _mm256_storeu_si256((__m256i*)some, narrow(v));
-  memcpy(p, some, n * sizeof(half));
+  const halves some = narrow(v);
+  memcpy(p, &some, FULL ? sizeof(some) : n * sizeof(half));
 }
-// Buffers of our own are padded to whole vectors.
+// Buffers of our own are padded to whole vectors, which start where lines of the cache do.
+template <class T> struct Aligned {
+  typedef T value_type;
+  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+typedef std::vector<float, Aligned<float>> Buffer;
 inline vec load(const float* p) { return load<true>(p, LANES); }
 inline void store(float* p, vec v) { store<true>(p, v, LANES); }
-inline long padded(long channels) { return (channels + LANES - 1) / LANES * LANES; }
+inline long padded(long channels) { return (channels + WIDTH - 1) / WIDTH * WIDTH; }
 
 inline vec rounded(vec v, const float*) { return v; }
 inline vec rounded(vec v, const half*) { return widen(narrow(v)); }  // as if it had been stored
 
-// body(true_type or false_type: all 16 lanes?, first channel, channels) for each 16 channels
+// body(true_type or false_type: all lanes?, first channel, channels) for each LANES channels
 template <class Body> inline void over_channels(long channels, Body body) {
   long c = 0;
   for (; c + LANES <= channels; c += LANES) body(std::true_type(), c, LANES);
@@ -120,10 +105,22 @@ template <class Body> inline void over_channels(long channels, Body body) {
 
 // --- activations -----------------------------------------------------------------------------
 
+#ifdef __AVX512F__
+inline vec at_least(vec x, float bound) { return (vec)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x); }
+inline vec at_most(vec x, float bound) { return (vec)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x); }
+inline vec inverse(vec x) {  // 14 bits, doubled by one of Newton's steps: a division takes as long as the rest
+  const vec r = (vec)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+}
+#else
+inline vec at_least(vec x, float bound) { return (vec)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x); }
+inline vec at_most(vec x, float bound) { return (vec)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x); }
+inline vec inverse(vec x) { return 1.0f / x; }
+#endif
+
 // exp to about 1 unit in the last place: 2^k times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN.
 inline vec exponential(vec x) {
-  x = x < -87.0f ? vec{} - 87.0f : x;
-  x = x > 88.0f ? vec{} + 88.0f : x;
+  x = at_most(at_least(x, -87.0f), 87.0f);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const vec shifted = x * 1.44269504f + magic;
   const vec k = shifted - magic;
@@ -135,7 +132,7 @@ inline vec exponential(vec x) {
   p = p * (r * r) + r + 1.0f;
   return p * (vec)(((ivec)shifted << 23) + 0x3f800000);  // the bits of magic are shifted out
 }
-inline vec sigmoid(vec z) { return 1.0f / (1.0f + exponential(-z)); }
+inline vec sigmoid(vec z) { return inverse(1.0f + exponential(-z)); }
 
 // Comparisons are such that NaN passes through, as it does in PyTorch.
 struct Identity {
@@ -211,7 +208,7 @@ void combine_moments(const float* sums, long count, long pixels, long channels, 
 template <class T>
 void moments(const T* x, long count, long pixels, long channels, double* mean, double* squares, int threads) {
   const long width = padded(channels);
-  std::vector<float> sums(count * 3 * width);
+  Buffer sums(count * 3 * width);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long n = 0; n < count; n++)
     add_moments(x + n * pixels * channels, pixels, channels, &sums[n * 3 * width], true);
@@ -297,11 +294,11 @@ void add_sums(const T* dy, const T* x, long pixels, long channels, Affine norm, 
 
 // --- depthwise convolution, from a ring of rows --------------------------------------------------
 
-// Rows of an image or, with a mask, the last RING of them. `stride` elements from a pixel to the next.
+// The last `kept` rows of an image, a power of 2. `stride` elements from a pixel to the next.
 struct Rows {
   float* data;
-  long height, width, stride;
-  float* row(long y) const { return data + (y & (RING - 1)) * width * stride; }
+  long height, width, stride, kept;
+  float* row(long y) const { return data + (y & (kept - 1)) * width * stride; }
 };
 
 struct Span { long begin, end; };
@@ -424,7 +421,7 @@ template <class Body> void with_kernel(int kernel, int stride, Body body) {
 struct Group {
   int kernel;
   long first, channels;
-  std::vector<float> weight;  // (kernel * kernel, padded channels)
+  Buffer weight;  // (kernel * kernel, padded channels)
   long size() const { return kernel * kernel * padded(channels); }
 };
 struct Convs {
@@ -454,35 +451,32 @@ struct Shape { long count, height, width, channels, out_height, out_width; };
 
 // Of the thread: a ring of rows. Its pixels are set apart by one vector more than they need, because powers of 2
 // of bytes between them would put all into the same few places of the cache.
-Rows ring(std::vector<float>& memory, long height, long width, long channels) {
-  const long stride = padded(channels) + LANES;
-  memory.resize(RING * width * stride);
-  return {memory.data(), height, width, stride};
+Rows ring(Buffer& memory, long height, long width, long channels, long kept = RING) {
+  const long stride = padded(channels) + WIDTH;
+  memory.resize(kept * width * stride);
+  return {memory.data(), height, width, stride, kept};
 }
 
 // As many floats for each channel as an Affine has, of the norm that changes nothing.
-std::vector<float> identity_of(long width) {
-  std::vector<float> data(Affine::COUNT * width);
+Buffer identity_of(long width) {
+  Buffer data(Affine::COUNT * width);
   std::fill(data.begin(), data.begin() + width, 1.0f);
   return data;
 }
 
-// y = conv(act(norm(x))) with the norm `before`, and act(norm(.)) of that with the norm `after`, where they are
-// there. With sums (count, 3, width): the moments of y. With pooled (count, channels): the mean of y over an image.
+// y = conv(act(norm(x))) with the norm `before`, where it is there. With sums (count, 3, width): the moments of y.
 template <class T, class Act>
-void conv_forward(const T* x, T* y, Shape s, const Convs& convs, Affine before, Affine after, float* sums,
-                  float* pooled, int threads) {
-  const long width = padded(s.channels), out_pixels = s.out_height * s.out_width;
+void conv_forward(const T* x, T* y, Shape s, const Convs& convs, Affine before, float* sums, int threads) {
+  const long width = padded(s.channels);
   auto same = identity_of(width);
   if (!before.data) before = {same.data(), width};
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> memory, pool(width);
+    Buffer memory;
     const Rows in = ring(memory, s.height, s.width, s.channels);
-    std::vector<float> tile(TILE * in.stride);
+    Buffer tile(TILE * in.stride);
 #pragma omp for schedule(static)
     for (long n = 0; n < s.count; n++) {
-      std::fill(pool.begin(), pool.end(), 0.0f);
       for (long oy = 0, filled = 0; oy < s.out_height; oy++) {
         for (; filled < std::min(s.height, oy * convs.stride + convs.pad + 1); filled++)
           apply<T, Act>(x + (n * s.height + filled) * s.width * s.channels, s.channels, (const float*)nullptr,
@@ -493,20 +487,12 @@ void conv_forward(const T* x, T* y, Shape s, const Convs& convs, Affine before, 
             with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
               conv_tile<k, stride>(in, tile.data(), g.weight.data(), g.first, g.channels, oy, ox);
             });
-          const float* from = tile.data();
-          const long pixels = std::min<long>(TILE, s.out_width - ox);
-          T* to = out + ox * s.channels;
-          if (after.data)
-            apply<T, Act>(from, in.stride, (const T*)nullptr, to, s.channels, pixels, s.channels, after, nullptr,
-                          pooled ? pool.data() : nullptr);
-          else
-            apply<T, Identity>(from, in.stride, (const T*)nullptr, to, s.channels, pixels, s.channels,
-                               {same.data(), width}, nullptr, nullptr);
+          apply<T, Identity>((const float*)tile.data(), in.stride, (const T*)nullptr, out + ox * s.channels,
+                             s.channels, std::min<long>(TILE, s.out_width - ox), s.channels, {same.data(), width},
+                             nullptr, nullptr);
         }
         if (sums) add_moments(out, s.out_width, s.channels, sums + n * 3 * width, oy == 0);
       }
-      if (pooled)
-        for (long c = 0; c < s.channels; c++) pooled[n * s.channels + c] = pool[c] / out_pixels;
     }
   }
 }
@@ -521,13 +507,13 @@ void conv_backward(const T* dy, const T* y, const T* x, T* dx, Shape s, const Co
   const bool is_normed = before.data;
   auto same = identity_of(width);
   if (!is_normed) before = {same.data(), width};
-  std::vector<float> all_dweights(s.count * convs.sizes);
+  Buffer all_dweights(s.count * convs.sizes);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> memory, grad_memory;
+    Buffer memory, grad_memory;
     const Rows in = ring(memory, s.height, s.width, s.channels);
     const Rows grads = ring(grad_memory, s.out_height, s.out_width, s.channels);
-    std::vector<float> tile(TILE * in.stride);
+    Buffer tile(TILE * in.stride);
 #pragma omp for schedule(static)
     for (long n = 0; n < s.count; n++) {
       const Gradient<T, Act> gradient{after, gate ? gate + n * s.channels : nullptr,
@@ -596,6 +582,252 @@ void conv_backward(const T* dy, const T* y, const T* x, T* dx, Shape s, const Co
   }
 }
 
+// --- ternary 1x1 convolution -----------------------------------------------------------------
+
+// Weights of -1, 0 and 1 leave only additions: three input channels have 27 possible sums. These are computed once
+// for a block of pixels, and then each output channel adds one sum for every three inputs. Here a vector is of
+// consecutive pixels, and a plane holds a channel of the block.
+constexpr long BLOCK = 2 * LANES;      // pixels
+constexpr long OUTPUTS = 4;            // at a time: 8 vectors, enough to hide the latency of an addition
+constexpr long TRIPLES = 128 / LANES;  // at a time: their sums take 27 KB of the first cache
+
+struct Ternary {
+  long groups, in, out;           // channels of each group
+  const float* scale;             // (groups * out)
+  std::vector<long> chunks;       // triples before each chunk, and all
+  std::vector<uint16_t> offsets;  // bytes into the sums: (group, chunk, out / OUTPUTS, triple, OUTPUTS)
+  // signs: (groups * out, in); out is a multiple of OUTPUTS
+  Ternary(const float* signs, const float* scale, long groups, long all_in, long all_out)
+      : groups(groups), in(all_in / groups), out(all_out / groups), scale(scale) {
+    const long triples = (in + 2) / 3, count = (triples + TRIPLES - 1) / TRIPLES;
+    for (long k = 0; k <= count; k++) chunks.push_back(triples * k / count);
+    offsets.reserve(groups * out * triples);
+    for (long g = 0; g < groups; g++, signs += out * in)
+      for (long k = 0; k < count; k++)
+        for (long o = 0; o < out; o += OUTPUTS)
+          for (long t = chunks[k]; t < chunks[k + 1]; t++)
+            for (long j = o; j < o + OUTPUTS; j++) {
+              long which = 0;
+              for (long c = 3 * t; c < 3 * t + 3; c++) which = 3 * which + 1 + (c < in ? long(signs[j * in + c]) : 0);
+              offsets.push_back(uint16_t(((t - chunks[k]) * 27 + which) * BLOCK * sizeof(float)));
+            }
+  }
+  long all_in() const { return groups * in; }
+  long all_out() const { return groups * out; }
+};
+
+// The 27 sums of each triple of planes.
+void sum_triples(const float* planes, long triples, float* sums) {
+  for (long i = 0; i < triples * BLOCK; i += LANES) {
+    const long triple = i / BLOCK, pixel = i % BLOCK;
+    const float* p = planes + triple * 3 * BLOCK + pixel;
+    float* to = sums + triple * 27 * BLOCK + pixel;
+    const vec a = load(p), b = load(p + BLOCK), c = load(p + 2 * BLOCK);
+    const vec pairs[] = {-a - b, -a, b - a, -b, vec{}, b, a - b, a, a + b};
+    for (int k = 0; k < 9; k++, to += 3 * BLOCK) {
+      store(to, pairs[k] - c);
+      store(to + BLOCK, pairs[k]);
+      store(to + 2 * BLOCK, pairs[k] + c);
+    }
+  }
+}
+
+// Adds to planes of outputs, or writes them, what the sums of some triples give; returns the offsets behind its own.
+const uint16_t* add_sums(const float* sums, const uint16_t* offsets, long triples, long outputs, float* planes,
+                         bool is_first) {
+  for (long o = 0; o < outputs; o += OUTPUTS, planes += OUTPUTS * BLOCK) {
+    vec total[OUTPUTS][2];
+    for (int j = 0; j < OUTPUTS; j++)
+      for (int v = 0; v < 2; v++) total[j][v] = is_first ? vec{} : load(planes + j * BLOCK + v * LANES);
+    for (long t = 0; t < triples; t++, offsets += OUTPUTS) {
+      uint64_t four;
+      memcpy(&four, offsets, sizeof(four));
+#pragma GCC unroll 4
+      for (int j = 0; j < OUTPUTS; j++) {
+        const float* sum = (const float*)((const char*)sums + uint16_t(four >> 16 * j));
+        total[j][0] += load(sum);
+        total[j][1] += load(sum + LANES);
+      }
+    }
+    for (int j = 0; j < OUTPUTS; j++)
+      for (int v = 0; v < 2; v++) store(planes + j * BLOCK + v * LANES, total[j][v]);
+  }
+  return offsets;
+}
+
+// Planes of all inputs, and two more of any content, to planes of all outputs, without the scale.
+void multiply(const Ternary& conv, const float* in, float* out, float* sums) {
+  const uint16_t* offsets = conv.offsets.data();
+  for (long g = 0; g < conv.groups; g++, in += conv.in * BLOCK, out += conv.out * BLOCK)
+    for (size_t k = 0; k + 1 < conv.chunks.size(); k++) {
+      const long triples = conv.chunks[k + 1] - conv.chunks[k];
+      sum_triples(in + conv.chunks[k] * 3 * BLOCK, triples, sums);
+      offsets = add_sums(sums, offsets, triples, conv.out, out, k == 0);
+    }
+}
+
+// act(norm(scale * .)) of planes, each step rounded as if it had been stored as T.
+template <class T, class Act> void finish(float* planes, const float* scale, Affine norm, long channels) {
+  constexpr const T* as = nullptr;
+  for (long c = 0; c < channels; c++)
+    for (float* p = planes + c * BLOCK; p < planes + (c + 1) * BLOCK; p += LANES) {
+      const vec value = rounded(rounded(load(p), as) * scale[c], as);
+      const vec z = rounded(value * norm(Affine::SCALE, c) + norm(Affine::SHIFT, c), as);
+      store(p, rounded(Act::value(z), as));
+    }
+}
+
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load8(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+// to[j * to_stride + i] = from[i * from_stride + j], 8 by 8
+template <class X> inline void transpose8(const X* from, long from_stride, float* to, long to_stride) {
+  __m256 r[8], q[8];
+  for (int i = 0; i < 8; i++) r[i] = load8(from + i * from_stride);
+  for (int i = 0; i < 8; i += 2) {
+    q[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    q[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; k++) {
+      r[i + 2 * k] = _mm256_shuffle_ps(q[i + k], q[i + 2 + k], 0x44);
+      r[i + 2 * k + 1] = _mm256_shuffle_ps(q[i + k], q[i + 2 + k], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+// Channels of consecutive pixels to planes.
+template <class X> void to_planes(const X* from, long stride, long pixels, long channels, float* planes) {
+  for (long c = 0; c < channels; c += 8)
+    for (long p = 0; p < pixels; p += 8)
+      if (p + 8 <= pixels && c + 8 <= channels)
+        transpose8(from + p * stride + c, stride, planes + c * BLOCK + p, BLOCK);
+      else
+        for (long i = p; i < std::min(p + 8, pixels); i++)
+          for (long j = c; j < std::min(c + 8, channels); j++)
+            planes[j * BLOCK + i] = load<false>(from + i * stride + j, 1)[0];
+}
+// And back: to[p] are 8 pixels from pixel 8 p on.
+inline void from_planes(const float* planes, long pixels, long channels, float* const* to, long stride) {
+  for (long c = 0; c < channels; c += 8)
+    for (long p = 0; p < pixels; p += 8)
+      if (p + 8 <= pixels && c + 8 <= channels)
+        transpose8(planes + c * BLOCK + p, BLOCK, to[p / 8] + c, stride);
+      else
+        for (long i = p; i < std::min(p + 8, pixels); i++)
+          for (long j = c; j < std::min(c + 8, channels); j++)
+            to[p / 8][(i - p) * stride + j] = planes[j * BLOCK + i];
+}
+
+// --- an inverted residual in eval mode -------------------------------------------------------
+
+// reduce (reduced, channels), expand (reduced, channels): the second is transposed
+struct SqueezeExcite {
+  long reduced;
+  const float *reduce, *reduce_bias, *expand, *expand_bias;
+};
+
+// From the mean of each channel to its gate.
+template <class T> void excite(const SqueezeExcite& se, const float* pooled, float* gate, long channels) {
+  constexpr const T* as = nullptr;
+  Buffer inner(padded(se.reduced));
+  for (long r = 0; r < se.reduced; r++) {
+    vec sum{};
+    over_channels(channels, [&](auto full, long c, long n) {
+      sum += load<full>(pooled + c, n) * load<full>(se.reduce + r * channels + c, n);
+    });
+    inner[r] = se.reduce_bias[r];
+    for (int i = 0; i < LANES; i++) inner[r] += sum[i];
+  }
+  for (long r = 0; r < se.reduced; r += LANES)
+    store(&inner[r], rounded(Silu::value(rounded(load(&inner[r]), as)), as));
+  over_channels(channels, [&](auto full, long c, long n) {
+    vec sum = load<full>(se.expand_bias + c, n);
+    for (long r = 0; r < se.reduced; r++) sum += inner[r] * load<full>(se.expand + r * channels + c, n);
+    store(gate + c, rounded(sigmoid(rounded(sum, as)), as));
+  });
+}
+
+// Everything between an image x and y: expand, norm and activation, depthwise, norm and activation,
+// squeeze-excitation, project, norm, and skip x. What lies between stays in the core's caches.
+template <class T, class Act>
+void residual(const T* x, T* y, Shape s, const Ternary* expand, Affine norm1, const Convs& convs, Affine norm2,
+              const SqueezeExcite* se, const Ternary& project, Affine norm3, bool has_skip, int threads) {
+  constexpr const T* as = nullptr;
+  const long in_channels = expand ? expand->all_in() : s.channels, out_channels = project.all_out();
+  const long pixels = s.height * s.width, out_pixels = s.out_height * s.out_width;
+  const long largest = std::max({in_channels, s.channels, out_channels});
+  auto same = identity_of(padded(largest));
+  const Affine identity{same.data(), padded(largest)};
+  long kept = RING;  // rows a kernel needs, and those of a block of pixels that were computed ahead
+  while (kept < 2 * convs.pad + 1 + (BLOCK + s.width - 1) / s.width) kept *= 2;
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer ring_memory, pool(padded(s.channels)), gate(padded(s.channels));
+    const Rows rows = ring(ring_memory, s.height, s.width, s.channels, kept);
+    Buffer in_planes((largest + 2) * BLOCK), out_planes(largest * BLOCK), sums(TRIPLES * 27 * BLOCK);
+    Buffer tile(TILE * rows.stride), out_tile(BLOCK * padded(out_channels));
+    float* to[BLOCK / 8];
+    // Activations that wait for the gate or, without one, for a whole block of pixels.
+    Buffer waiting((se ? out_pixels : s.out_width + BLOCK) * rows.stride);
+#pragma omp for schedule(static)
+    for (long n = 0; n < s.count; n++) {
+      const T* image = x + n * pixels * in_channels;
+      T* out = y + n * out_pixels * out_channels;
+      std::fill(pool.begin(), pool.end(), 0.0f);
+      for (long oy = 0, filled = 0, waits = 0; oy < s.out_height; oy++) {
+        const long needed = std::min(s.height, oy * convs.stride + convs.pad + 1) * s.width;
+        for (; expand && filled < needed; filled += BLOCK) {
+          const long count = std::min(BLOCK, pixels - filled);
+          to_planes(image + filled * in_channels, in_channels, count, in_channels, in_planes.data());
+          multiply(*expand, in_planes.data(), out_planes.data(), sums.data());
+          finish<T, Act>(out_planes.data(), expand->scale, norm1, s.channels);
+          for (long p = 0; p < BLOCK; p += 8)
+            to[p / 8] = rows.data + (filled + p) % (kept * s.width) * rows.stride;
+          from_planes(out_planes.data(), count, s.channels, to, rows.stride);
+        }
+        for (; !expand && filled < needed; filled += s.width)
+          apply<T, Identity>(image + filled * in_channels, in_channels, (const float*)nullptr,
+                             rows.row(filled / s.width), rows.stride, s.width, s.channels, identity, nullptr, nullptr);
+        for (long ox = 0; ox < s.out_width; ox += TILE) {
+          for (const Group& g : convs.groups)
+            with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
+              conv_tile<k, stride>(rows, tile.data(), g.weight.data(), g.first, g.channels, oy, ox);
+            });
+          const long count = std::min<long>(TILE, s.out_width - ox);
+          apply<T, Act>((const float*)tile.data(), rows.stride, (const float*)nullptr,
+                        &waiting[waits * rows.stride], rows.stride, count, s.channels, norm2, nullptr,
+                        se ? pool.data() : nullptr);
+          waits += count;
+        }
+        const bool is_last = oy + 1 == s.out_height;
+        if (se && !is_last) continue;
+        if (se) {
+          for (long c = 0; c < s.channels; c += LANES) store(&pool[c], rounded(load(&pool[c]) / float(out_pixels), as));
+          excite<T>(*se, pool.data(), gate.data(), s.channels);
+        }
+        long done = 0;
+        for (; waits - done >= (is_last ? 1 : BLOCK); done += std::min(BLOCK, waits - done)) {
+          const long count = std::min(BLOCK, waits - done), first = (oy + 1) * s.out_width - waits + done;
+          to_planes(&waiting[done * rows.stride], rows.stride, count, s.channels, in_planes.data());
+          for (long i = 0; se && i < s.channels * BLOCK; i += LANES)
+            store(&in_planes[i], rounded(load(&in_planes[i]) * gate[i / BLOCK], as));
+          multiply(project, in_planes.data(), out_planes.data(), sums.data());
+          finish<T, Identity>(out_planes.data(), project.scale, norm3, out_channels);
+          for (long p = 0; p < BLOCK; p += 8) to[p / 8] = &out_tile[p * out_channels];
+          from_planes(out_planes.data(), count, out_channels, to, out_channels);
+          apply<T, Identity>((const float*)out_tile.data(), out_channels,
+                             has_skip ? image + first * out_channels : nullptr, out + first * out_channels,
+                             out_channels, count, out_channels, identity, nullptr, nullptr);
+        }
+        waits -= done;
+        std::copy_n(&waiting[done * rows.stride], waits * rows.stride, waiting.begin());
+      }
+    }
+  }
+}
+
 // --- from numbers to template arguments ------------------------------------------------------
 
 template <class Body> void with_type(int is_half, Body body) {
@@ -652,7 +884,7 @@ void msunet_apply(int is_half, int act, const void* x, const void* skip /* or nu
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (long n = 0; n < count; n++) {
         const long at = n * pixels * channels;
-        std::vector<float> pool(pooled ? affine.width : 0);
+        Buffer pool(pooled ? affine.width : 0);
         apply<T, decltype(a)>((const T*)x + at, channels, skip ? (const T*)skip + at : nullptr,
                               y ? (T*)y + at : nullptr, channels, pixels, channels, affine,
                               gate ? gate + n * channels : nullptr, pooled ? pool.data() : nullptr);
@@ -717,23 +949,49 @@ void msunet_norm_gradient(int is_half, int act, const void* dy, const void* x, v
   });
 }
 
-// See conv_forward. Each weight is (channels, kernel, kernel); moments_out (or null) are those of y.
+// See conv_forward. Each weight is (channels, kernel, kernel); moments_out are those of y.
 void msunet_conv_forward(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
                          const float* const* weights, const void* x, void* y, long count, long height, long width,
                          long out_height, long out_width, long all, float* before /* or null */,
-                         float* after /* or null */, double* moments_out, float* pooled /* or null */, int threads) {
+                         double* moments_out /* or null */, int threads) {
   const Convs convs(groups, kernels, channels, weights, stride, false);
   const long wide = padded(all);
-  std::vector<float> sums(moments_out ? count * 3 * wide : 0);
+  Buffer sums(moments_out ? count * 3 * wide : 0);
   with_type(is_half, [&](auto type) {
     using T = decltype(type);
     with_act(act, [&](auto a) {
       conv_forward<T, decltype(a)>((const T*)x, (T*)y, {count, height, width, all, out_height, out_width}, convs,
-                                   {before, wide}, {after, wide}, moments_out ? sums.data() : nullptr, pooled, threads);
+                                   {before, wide}, moments_out ? sums.data() : nullptr, threads);
     });
   });
   if (moments_out)
     combine_moments(sums.data(), count, out_height * out_width, all, moments_out, moments_out + all);
+}
+
+// See residual. Signs are (outputs, inputs of a group), scales (outputs). se: weights and biases of reduce and expand,
+// (reduced, all), (reduced), (reduced, all), (all).
+void msunet_residual(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
+                     const float* const* weights, const void* x, void* y, long count, long height, long width,
+                     long out_height, long out_width, long in, long all, long out,
+                     const float* expand_signs /* or null */, const float* expand_scale /* or null */,
+                     long expand_groups, float* norm1 /* or null */, float* norm2, const float* const* se /* or null */,
+                     long reduced, const float* project_signs, const float* project_scale, long project_groups,
+                     float* norm3, int has_skip, int threads) {
+  const Convs convs(groups, kernels, channels, weights, stride, false);
+  std::vector<Ternary> expand;
+  if (expand_signs) expand.emplace_back(expand_signs, expand_scale, expand_groups, in, all);
+  const Ternary project(project_signs, project_scale, project_groups, all, out);
+  SqueezeExcite excitation{reduced};
+  if (se) excitation = {reduced, se[0], se[1], se[2], se[3]};
+  const long wide = padded(all);
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+      residual<T, decltype(a)>((const T*)x, (T*)y, {count, height, width, all, out_height, out_width},
+                               expand.empty() ? nullptr : expand.data(), {norm1, wide}, convs, {norm2, wide},
+                               se ? &excitation : nullptr, project, {norm3, padded(out)}, has_skip, threads);
+    });
+  });
 }
 
 // See conv_backward.

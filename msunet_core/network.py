@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import StudyError, closest
-from .fast import depthwise_conv, depthwise_stage, norm_act
-from .ternary import ALPHA, WEIGHTS, TernaryConv2d, ternary_scale
+from .fast import depthwise_conv, depthwise_stage, norm_act, residual_in_eval
+from .ternary import ALPHA, WEIGHTS, TernaryConv2d, folded_kernel, ternary_scale
 
 STEM_CHANNELS = 64
 HEAD_CHANNELS = 256
@@ -79,7 +79,7 @@ class MixedConv2d(nn.ModuleDict):
         if not isinstance(convs[0], TernaryConv2d):
             return F.conv2d(x, torch.cat([conv.weight for conv in convs]), groups=len(convs))
         if self.training:
-            return F.conv2d(x, torch.cat([conv.folded_kernel() for conv in convs]), groups=len(convs))
+            return F.conv2d(x, folded_kernel(tuple(convs)), groups=len(convs))
         signs = [conv.signs() for conv in convs]
         scale = torch.cat([ternary_scale(s).expand(len(s)) for s in signs]).to(x.dtype)
         return F.conv2d(x, torch.cat(signs).to(x.dtype), groups=len(convs)).mul_(scale.view(1, -1, 1, 1))
@@ -115,6 +115,11 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            layers = self.conv_dw, self.bn1, self.act, None, self.conv_pw, self.bn2
+            y = residual_in_eval(None, None, None, *layers, x, self.has_skip)
+            if y is not None:
+                return y
         y = norm_act(self.bn1, self.act, depthwise_conv(self.conv_dw, x))
         return norm_act(self.bn2, None, self.conv_pw(y), skip=x if self.has_skip else None)
 
@@ -137,6 +142,12 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            expand = self.conv_pw, self.bn1, self.act1
+            layers = self.conv_dw, self.bn2, self.act2, self.se, self.conv_pwl, self.bn3
+            y = residual_in_eval(*expand, *layers, x, self.has_skip)
+            if y is not None:
+                return y
         y = self.conv_pw(x)
         y = depthwise_stage(self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se, y)
         return norm_act(self.bn3, None, self.conv_pwl(y), skip=x if self.has_skip else None)

@@ -6,7 +6,9 @@ trained: its gradient is the one of T, passed straight through.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +105,7 @@ class TernaryConv2d(nn.Conv2d):
 
     def folded_kernel(self) -> Tensor:
         """sqrt(M) * T with the straight-through gradient, in the weight's dtype."""
-        signs = self.signs()
-        return _StraightThrough.apply(self.weight, signs, ternary_scale(signs))
+        return folded_kernel((self,))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -114,6 +115,51 @@ class TernaryConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights}, alpha={self.alpha}"
+
+
+# --- once for a step -------------------------------------------------------------------------
+
+_shared: dict[tuple[TernaryConv2d, ...], Tensor] | None = None
+
+
+@contextlib.contextmanager
+def shared_kernels(folded: dict[tuple[TernaryConv2d, ...], Tensor] | None = None) -> Iterator[None]:
+    """Inside this context a layer's weights are ternarized once, however often the layer is called.
+
+    It is for the forward passes of one step: no weight and no alpha may change before it ends.
+
+    folded : kernels that are known already, as :func:`folded_kernel` returns them
+    """
+    global _shared
+    before, _shared = _shared, dict(folded or {})
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def folded_kernel(layers: tuple[TernaryConv2d, ...]) -> Tensor:
+    """sqrt(M) * T of layers that run as one, each with its own scale: (sum of out, in, k, k)."""
+    known = {} if _shared is None else _shared
+    if layers not in known:
+        signs = [layer.signs() for layer in layers]
+        folded = [
+            _StraightThrough.apply(layer.weight, s, ternary_scale(s))
+            for layer, s in zip(layers, signs, strict=True)
+        ]
+        known[layers] = folded[0] if len(folded) == 1 else torch.cat(folded)
+    return known[layers]
+
+
+def ternary_groups(model: nn.Module) -> list[tuple[TernaryConv2d, ...]]:
+    """All ternary layers in the model's order, those together that run as one (``one_grouped``)."""
+    groups: dict[TernaryConv2d, tuple[TernaryConv2d, ...]] = {}
+    for module in model.modules():  # a parent comes before its children
+        layers = tuple(module.children()) if getattr(module, "one_grouped", False) else (module,)
+        if isinstance(layers[0], TernaryConv2d):
+            for layer in layers:
+                groups.setdefault(layer, layers)
+    return list(dict.fromkeys(groups.values()))
 
 
 def ternary_layers(model: nn.Module) -> dict[str, TernaryConv2d]:

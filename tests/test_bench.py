@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from msunet_core import build_msunet
+from msunet_core.network import DepthwiseSeparable, SqueezeExcite
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import bench_gpu
+from bandwidth import copy_bandwidth, step_bytes
+from bench import markdown
 from released import TransformedImages, consistency_loss, released_network
 
 
@@ -54,3 +58,115 @@ def test_the_baseline_transforms_image_by_image():
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     image, label = TransformedImages(images, torch.tensor([5, 6, 7]))[1]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and label == 6
+
+
+# --- bytes a step must move -------------------------------------------------------------------------------
+
+SIMPLE = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 4, 3, padding=1, bias=False),  # 75 in, 100 out: 2 passes over both, no input gradient
+    torch.nn.BatchNorm2d(4),  # 100: 8 passes
+    torch.nn.ReLU(),  # within the norm's
+    torch.nn.Conv2d(4, 2, 1, bias=False),  # 100 in, 50 out: 3 passes
+)
+SIMPLE_VALUES, SIMPLE_PARAMETERS = 2 * 175 + 8 * 100 + 3 * 150, 108 + 8 + 8
+
+
+@pytest.mark.parametrize(("level", "value", "parameter"), [("O0", 4, 32), ("O2", 2, 38)])
+def test_bytes_of_a_step_are_those_counted_by_hand(level, value, parameter):
+    assert SIMPLE_VALUES == 1600
+    expected = 1600 * 2 * 3 * value + SIMPLE_PARAMETERS * parameter
+    assert step_bytes(SIMPLE, 2, level, size=5, passes=3) == expected
+    assert not SIMPLE[0]._forward_hooks and SIMPLE.training  # counted on a copy
+
+
+def test_bytes_of_skip_and_squeeze_excitation_are_those_counted_by_hand():
+    def conv1x1(in_channels, out_channels, groups=1):
+        return torch.nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    block = DepthwiseSeparable(4, 4, conv1x1)  # 100 values everywhere: 2 * 2, 8, 3 * 2, 8 and 4 for the skip
+    parameters = 36 + 8 + 16 + 8
+    assert step_bytes(_one_channel(block), 1, size=5) == 30 * 100 * 4 + parameters * 32
+    excite = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1, bias=False), SqueezeExcite(4, 2))
+    # 25 in, 100 out, 2 passes; 7 passes over 100; inside it a vector of 4, one of 2, and back, 3 passes
+    assert step_bytes(excite, 1, size=5) == (250 + 700 + 3 * 12) * 4 + (4 + 8 + 2 + 8 + 4) * 32
+
+
+def _one_channel(block):
+    """The block takes the only channels it can: those its first weight, (4, 1, 3, 3), seems to name."""
+    block.register_forward_pre_hook(lambda module, args: (args[0].expand(-1, 4, -1, -1),))
+    return block
+
+
+def test_a_step_with_consistency_moves_three_times_the_activations():
+    model = build_msunet(width=0.125)
+    once, thrice = step_bytes(model, 4, "O2"), step_bytes(model, 4, "O2", passes=3)
+    parameters = 38 * sum(p.numel() for p in model.parameters())
+    assert thrice - parameters == 3 * (once - parameters) > 0
+
+
+def test_copying_has_a_bandwidth():
+    assert copy_bandwidth(torch.device("cpu"), 2**20) > 1e6
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def both(released: float, ours: float, unit: str = "images/s") -> dict:
+    ratio = {"median": ours / released, "low": 2.0, "high": 9.0, "values": [2.0, 9.0]}
+    return {"released": {"median": released}, "ours": {"median": ours}, "ratio": ratio, "unit": unit}
+
+
+def report(gpu: dict | None) -> dict:
+    memory = both(6700.0, 3600.0, "MB") | {
+        "ratio": {"median": 1.86, "low": 1.86, "high": 1.86, "values": [1]}
+    }
+    return {
+        "results": {
+            "step": both(15.76, 101.4),
+            "data": both(3584.0, 56611.0, "images/s per core"),
+            "peak memory of training": memory,
+            "share of copy bandwidth": {"bytes": 3.21e9, "share": 0.42, "copy GB/s": 11.0},
+        },
+        "gpu": gpu,
+        "hardware": {"cpu": "A Processor", "cores": 2},
+        "threads": 2,
+        "repeats": 5,
+    }
+
+
+def test_the_table_of_the_readme_comes_from_the_report():
+    lines = markdown(report(None)).splitlines()
+    assert lines[0].startswith("| v3, batch 64, FP32 | as released | ours |")
+    assert lines[2:5] == [
+        "| training step | 15.8 images/s | 101 images/s | 6.4 (2.0..9.0) |",
+        "| data pipeline, per core | 3,580 images/s | 56,600 images/s | 15.8 (2.0..9.0) |",
+        "| peak memory of training | 6.7 GB | 3.6 GB | 1.9 |",
+    ]
+    assert lines[6].startswith("2 threads on 2 cores of A Processor; medians of 5 alternated repeats")
+    assert "3.21 GB, and did so at 42 % of the bandwidth of a copy, 11.0 GB/s" in lines[6]
+    assert lines[-1] == "On a GPU: not measured, there was none."
+    failed = markdown(report({"failed": "RuntimeError: out of memory"})).splitlines()[-1]
+    assert failed == "On a GPU: not measured, it failed (RuntimeError: out of memory)."
+
+
+@pytest.mark.slow
+def test_the_gpu_part_runs_and_its_table_says_what_it_found(monkeypatch):
+    for name in ("build_msunet", "released_network"):  # too wide for a test
+        monkeypatch.setattr(bench_gpu, name, lambda: build_msunet(width=0.0625))
+    found = bench_gpu.measure_gpu(1, "cpu", batches=(3,), steps=1, images=6, copied=2**20)
+    assert set(found["results"]) == {
+        "training step, O2, batch 3",
+        "training step, consistency, O2, batch 3",
+        "training with its data, O2, batch 3",
+        "evaluation O0",
+        "evaluation O3",
+    }
+    step = found["results"]["training step, O2, batch 3"]
+    moved = step_bytes(build_msunet(width=0.0625), 3, "O2")
+    rate = step["ours"]["median"]
+    assert step["share of copy bandwidth"] == pytest.approx(moved * rate / 3 / (found["copy GB/s"] * 1e9))
+    table = markdown(report(found))
+    assert "not measured" not in table
+    assert "| training step, O2, batch 3 | " in table and "| share of copy bandwidth |" in table
+    assert "0 kinds of step recorded as CUDA graphs" in table
+    assert table.count("| `") == 10  # top kernels
