@@ -73,6 +73,9 @@ class StageConfig:
     ramp_epochs: int = RAMP_EPOCHS
     checkpoint_every: int = 1
     evaluate_every: int = 1
+    # With several processes: batch norm over the whole batch, as one process has it. False, over the images
+    # of each process, is faster and another training.
+    sync_batch_norm: bool = True
     deterministic: bool = False  # on a GPU: the same bits each time, slower; a CPU always repeats
 
     def __post_init__(self):

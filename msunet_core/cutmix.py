@@ -81,9 +81,22 @@ def cutmix_loss(
     loss : 0-d tensor, gradients through all its terms
     scores : (B, classes) of the mixed images
     """
+    return mixed_loss(model, images, images[partner], labels, labels[partner], box, lam, consistency)
+
+
+def mixed_loss(
+    model: Forward,
+    images: Tensor,
+    partners: Tensor,
+    labels: Tensor,
+    labels_b: Tensor,
+    box: Tensor,
+    lam: Tensor,
+    consistency: str = "as-described",
+) -> tuple[Tensor, Tensor]:
+    """As :func:`cutmix_loss`, the partners given: those of a part of a batch may lie outside of it."""
     if consistency not in CONSISTENCY:
         raise StudyError(f"consistency {consistency!r} is unknown; {closest(consistency, CONSISTENCY)}")
-    partners, labels_b = images[partner], labels[partner]
     mix = cutmix(images, partners, box)
     if consistency == "off":
         scores = model(mix)

@@ -30,6 +30,7 @@ from .augment import augment, draw_epoch_plan
 from .checkpoint import latest_checkpoint, save_checkpoint, tensor_bytes
 from .config import StageConfig
 from .data import ImageData
+from .distributed import Processes, joined
 from .errors import StudyError
 from .evaluation import BATCH_SIZE, accuracy, class_scores
 from .events import Events
@@ -47,6 +48,9 @@ from .training import (
 )
 
 CHECKPOINT = "checkpoint.safetensors"
+# Devices whose losses are read at each step. On others the host would wait for the device: there the losses
+# of an epoch are read at its end.
+LIVE_LOSS = ("cpu",)
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
 
 
@@ -82,6 +86,9 @@ def train(
     seed : int, of every random choice (default 0)
     device : "auto", "cpu", "cuda", ...
     progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
+
+    Started by ``torchrun``, its processes share each batch (:mod:`msunet_core.distributed`); the first one
+    alone writes and shows progress, and all return the same network, history and metrics.
 
     Raises
     ------
@@ -123,31 +130,33 @@ def _run_stage(
     device: str = "auto",
     progress: bool | Progress = True,
 ) -> StageResult:
-    device = resolve_device(device)
-    exact = deterministic(device) if config.deterministic else contextlib.nullcontext()
-    with lock_folder(folder), exact:
-        run = _Stage(stage, model, data, config, folder, seed, device)
-        run.resume()
-        with _progress(progress) as show:
-            run.run(show)
-        return run.result()
+    with joined(device) as processes:
+        device = resolve_device(processes.device_name(device))
+        exact = deterministic(device) if config.deterministic else contextlib.nullcontext()
+        with lock_folder(folder) if processes.writes else contextlib.nullcontext(), exact:
+            run = _Stage(stage, model, data, config, folder, seed, device, processes)
+            run.resume()
+            with _progress(progress if processes.writes else False) as show:
+                run.run(show)
+            return run.result()
 
 
 class _Stage:
     """The loop over epochs, and everything it must not lose."""
 
-    def __init__(self, stage, model, data, config, folder, seed, device):
+    def __init__(self, stage, model, data, config, folder, seed, device, processes):
         if data.num_classes != model.config["num_classes"]:
             raise StudyError(
                 f"the data have {data.num_classes} classes, the network {model.config['num_classes']}; "
                 "build it with num_classes of the data"
             )
         self.stage, self.config, self.folder, self.seed, self.device = stage, config, folder, seed, device
+        self.processes: Processes = processes
         self.path = folder / CHECKPOINT
         self.identity = {
             "stage": stage,
             "seed": seed,
-            "config": _recipe(config),
+            "config": _recipe(config, processes.world),
             "data": data.fingerprint,
             "network": model.config,
             "start": _fingerprint(model),
@@ -163,28 +172,39 @@ class _Stage:
                 f"batch_size {config.batch_size} is more than the {len(self.images)} training images; "
                 "make it smaller"
             )
-        self.learner = Learner(model.to(device), config)
+        self.learner = Learner(model.to(device), config, processes)
         self.history: list[dict] = []
         self.epoch = 0
         self.step = 0
         self.losses = torch.zeros(self.steps, dtype=torch.float64)
+        # Losses that the host has not read yet: those from step `read` on.
+        self.unread = torch.zeros(self.steps, device=device)
+        self.read = 0
+        self.live_loss = device.type in LIVE_LOSS
         self.resumed = False
 
     # -- what is kept ------------------------------------------------------------------------
 
     def resume(self) -> None:
-        found = latest_checkpoint(self.path)
+        first = self.processes.tell(self.identity)
+        if first != self.identity:
+            raise StudyError(
+                f"process {self.processes.rank} does not train what process 0 does "
+                f"({_difference(first, self.identity)}); give all the same data, network and seed"
+            )
+        # The first process reads for all: the others may have no such folder.
+        found = self.processes.tell(latest_checkpoint(self.path) if self.processes.writes else None)
         if found is None:
             self._log(f"start: {json.dumps(self.identity)}")
             return
         tensors, info = found
         theirs = info.get("identity", {})
-        for key, own in self.identity.items():
-            if theirs.get(key) != own:
-                raise StudyError(
-                    f"{self.folder} holds another run ({_difference(key, theirs.get(key), own)}); "
-                    "give another folder or RUN, or remove this one"
-                )
+        theirs = {key: theirs.get(key) for key in self.identity}
+        if theirs != self.identity:
+            raise StudyError(
+                f"{self.folder} holds another run ({_difference(theirs, self.identity)}); "
+                "give another folder or RUN, or remove this one"
+            )
         if info["epoch"] + (info["step"] > 0) > self.config.epochs:
             raise StudyError(
                 f"{self.folder} holds {info['epoch']} epochs and {info['step']} steps, more than epochs "
@@ -192,11 +212,13 @@ class _Stage:
             )
         self.learner.load(tensors, info["learner"])
         self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
+        self.read = self.step
         self.losses[: self.step] = torch.tensor(info["losses"], dtype=torch.float64)
         self.resumed = self.step > 0
         set_alpha(self.learner.model, self._alpha())
         if self.epoch < self.config.epochs:
-            self._log(f"resume at epoch {self.epoch}, step {self.step}")
+            with_others = f" with {self.processes.world} processes" if self.processes.world > 1 else ""
+            self._log(f"resume at epoch {self.epoch}, step {self.step}{with_others}")
 
     def _alpha(self) -> float:
         """The alpha that the weights now were last trained with."""
@@ -208,6 +230,7 @@ class _Stage:
         return {**network, "alpha": self._alpha()} if self.epoch or self.step else network
 
     def save(self) -> None:
+        self._read_losses()
         tensors, numbers = self.learner.state()
         if bad := first_bad_tensor(tensors):
             raise StudyError(
@@ -225,9 +248,14 @@ class _Stage:
             "history": self.history,
             "learner": numbers,
         }
-        save_checkpoint(self.path, tensors, info)
+        if self.processes.writes:
+            save_checkpoint(self.path, tensors, info)
+        self._write_tables()
+        self.processes.greatest(0)  # nobody goes on, or leaves, before what they have is safe
 
     def _log(self, line: str) -> None:
+        if not self.processes.writes:
+            return
         now = datetime.datetime.now().isoformat(" ", "seconds")
         try:
             with (self.folder / "log.txt").open("a") as log:
@@ -238,28 +266,28 @@ class _Stage:
     # -- the loop ----------------------------------------------------------------------------
 
     def run(self, show: Progress) -> None:
-        if self.epoch >= self.config.epochs and self.path.exists():
+        if self.epoch >= self.config.epochs and self.processes.tell(self.path.exists()):
             return
-        with _StopSignals() as stop, Events(self.folder, self.epoch) as events:
+        shown = Events(self.folder, self.epoch) if self.processes.writes else contextlib.nullcontext()
+        with _StopSignals() as stop, shown as events:
             while self.epoch < self.config.epochs:
                 started = time.perf_counter()
                 self._run_epoch(show, stop)
                 row = self._finish_epoch(stop)
                 seconds = time.perf_counter() - started
                 self._log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
-                events.add(row["epoch"], {**row, "seconds": seconds})
+                if events is not None:
+                    events.add(row["epoch"], {**row, "seconds": seconds})
                 if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
                     self.save()
-                    self._write_tables()
                 self._leave_if_asked(stop)
-        if not self.path.exists():  # a stage of 0 epochs still ends with its network on disk
+        if not self.processes.tell(self.path.exists()):  # of 0 epochs, it still leaves its network on disk
             self.save()
-            self._write_tables()
 
     def _run_epoch(self, show: Progress, stop: _StopSignals) -> None:
         config, learner = self.config, self.learner
         cutmix_on = config.cutmix_until is None or self.epoch < config.cutmix_until
-        plan = draw_epoch_plan(
+        self.plan = draw_epoch_plan(
             len(self.images),
             config.batch_size,
             seed=self.seed,
@@ -273,16 +301,25 @@ class _Stage:
         text = f"{self.stage} epoch {self.epoch + 1}/{config.epochs}"
         done, total = self.epoch * self.steps, config.epochs * self.steps
         while self.step < self.steps:
-            step_plan = plan.step(self.step)
+            step_plan = self.plan.step(self.step)
             if config.schedule == "one-cycle":
                 learner.set_rate(learning_rate(config, self.epoch, self.step / self.steps))
-            loss = learner.step(self.images, self.labels, step_plan)
-            self.losses[self.step] = loss.item()
-            if not math.isfinite(self.losses[self.step]):
-                self._refuse_loss(step_plan)
+            self.unread[self.step] = learner.step(self.images, self.labels, step_plan)
             self.step += 1
-            show(done + self.step, total, f"{text}, loss {self.losses[self.step - 1]:.3f}")
+            if self.live_loss or self.step == self.steps:
+                self._read_losses()
+            loss = f", loss {self.losses[self.read - 1]:.3f}" if self.read == self.step else ""
+            show(done + self.step, total, text + loss)
             self._leave_if_asked(stop)
+
+    def _read_losses(self) -> None:
+        """Wait for the device and bring the losses of this epoch up to date; one must not be NaN or Inf."""
+        if self.read < self.step:
+            self.losses[self.read : self.step] = self.unread[self.read : self.step].cpu()
+            for index in range(self.read, self.step):
+                if not math.isfinite(self.losses[index]):
+                    self._refuse_loss(index)
+            self.read = self.step
 
     def _finish_epoch(self, stop: _StopSignals) -> dict:
         config, learner = self.config, self.learner
@@ -310,21 +347,29 @@ class _Stage:
         measured = self._evaluate(stop) if tested else dict.fromkeys(("top1", "top5", "loss"), math.nan)
         row.update({f"test_{name}": value for name, value in measured.items()})
         self.history.append(row)
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.step, self.read = self.epoch + 1, 0, 0
         return row
 
     def _evaluate(self, stop: _StopSignals) -> dict[str, float]:
-        parts = []
-        for images in self.test_images.split(BATCH_SIZE):
+        batches = torch.arange(len(self.test_images)).split(BATCH_SIZE)
+        classes = self.identity["network"]["num_classes"]
+        scores = torch.zeros(len(self.test_images), classes, device=self.device)
+        for first in range(0, len(batches), self.processes.world):
             self._leave_if_asked(stop)
-            parts.append(class_scores(self.learner.model, images))
-        return accuracy(torch.cat(parts), self.test_labels)
+            for rows in batches[first + self.processes.rank :][
+                :1
+            ]:  # this process's batch, if one is left for it
+                images = self.test_images[rows[0] : rows[-1] + 1]
+                scores[rows[0] : rows[-1] + 1] = class_scores(self.learner.model, images)
+        # Zero plus the scores that one process computed is exactly those.
+        return accuracy(self.processes.total(scores), self.test_labels)
 
-    def _refuse_loss(self, step_plan) -> None:
-        inputs = augment(self.images[step_plan.order], step_plan)
-        layer = first_bad_layer(self.learner.model, inputs)
+    def _refuse_loss(self, step: int) -> None:
+        plan = self.plan.step(step)
+        # The step changed no weight; where losses are read late, the steps after it did.
+        layer = first_bad_layer(self.learner.model, augment(self.images[plan.order], plan))
         message = (
-            f"{self.stage} stopped: loss {self.losses[self.step]} at epoch {self.epoch}, step {self.step}, "
+            f"{self.stage} stopped: loss {self.losses[step]} at epoch {self.epoch}, step {step}, "
             f"first bad layer {layer}; lower lr {self.config.lr} or check the data "
             "(the last good checkpoint is kept)"
         )
@@ -332,18 +377,20 @@ class _Stage:
         raise StudyError(message)
 
     def _leave_if_asked(self, stop: _StopSignals) -> None:
-        if not stop.received:
+        received = self.processes.greatest(stop.received)
+        if not received:
             return
         self.save()
-        self._write_tables()
-        self._log(f"stopped by {signal.Signals(stop.received).name} at epoch {self.epoch}, step {self.step}")
-        if stop.received == signal.SIGTERM:
+        self._log(f"stopped by {signal.Signals(received).name} at epoch {self.epoch}, step {self.step}")
+        if received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(f"{self.stage} checkpointed at epoch {self.epoch}, step {self.step}")
 
     # -- what is shown -----------------------------------------------------------------------
 
     def _write_tables(self) -> None:
+        if not self.processes.writes:
+            return
         text = io.StringIO()
         if self.history:
             writer = csv.DictWriter(text, self.history[0].keys(), lineterminator="\n")
@@ -404,10 +451,16 @@ def _progress(progress: bool | Progress):
         yield show
 
 
-def _recipe(config: StageConfig) -> dict:
-    """What of a stage's configuration its past depends on: a run may be continued for more epochs."""
+def _recipe(config: StageConfig, world: int) -> dict:
+    """What of a stage's configuration its past depends on.
+
+    A run may be continued for more epochs. With batch norm over the whole batch, another number of processes
+    may continue it; without, what a norm sees depends on that number.
+    """
     recipe = json.loads(json.dumps(dataclasses.asdict(config)))
-    del recipe["checkpoint_every"]
+    del recipe["checkpoint_every"], recipe["sync_batch_norm"]
+    if world > 1 and not config.sync_batch_norm:
+        recipe["batch_norm_processes"] = world
     if config.schedule == "step":
         del recipe["epochs"]
     return recipe
@@ -421,14 +474,15 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _difference(key: str, theirs, own) -> str:
+def _difference(theirs: dict, own: dict) -> str:
+    key = next(key for key in own if theirs[key] != own[key])
     if key == "start":
         return "it began with other weights"
-    if isinstance(own, dict) and isinstance(theirs, dict):
-        for name in own:
-            if theirs.get(name) != own[name]:
-                return f"{name} {theirs.get(name)!r} there, {own[name]!r} now"
-    return f"{key} {theirs!r} there, {own!r} now"
+    there, now = theirs[key], own[key]
+    if isinstance(now, dict) and isinstance(there, dict):
+        key = next(name for name in {**now, **there} if there.get(name) != now.get(name))
+        there, now = there.get(key), now.get(key)
+    return f"{key} {there!r} there, {now!r} now"
 
 
 def _summary(row: dict) -> str:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from .augment import StepPlan, augment
 from .config import StageConfig
-from .cutmix import cutmix_loss
+from .cutmix import cutmix_loss, mixed_loss
 from .data import IMAGE_SIZE
+from .distributed import Processes, synchronise_batch_norm
 from .errors import StudyError
+from .graphs import StepGraphs, capture, ternarized_once
 from .precision import BACKOFF_FACTOR, GROWTH_FACTOR, GROWTH_INTERVAL, LOSS_SCALE, MasterWeights
 from .pruning import Pruner
 from .ternary import alpha_schedule, freeze_ternary, set_alpha, ternary_layers
@@ -87,11 +89,12 @@ class Learner:
     ----------
     model : FP32 network; brought to ``config.opt_level`` in place
     config : the stage; O3 is refused, it has no master weights to train
+    processes : this one among those that train together
 
     Nesterov SGD; weight decay only on tensors of two or more dimensions (SPEC section 6).
     """
 
-    def __init__(self, model: nn.Module, config: StageConfig):
+    def __init__(self, model: nn.Module, config: StageConfig, processes: Processes | None = None):
         if getattr(model, "opt_level", "O0") != "O0":
             raise StudyError(f"the model is at {model.opt_level}, not FP32; give a fresh FP32 network")
         if config.opt_level == "O3":
@@ -102,7 +105,17 @@ class Learner:
         self.model = model
         if config.freeze_ternary:
             freeze_ternary(model)
+        self.processes = processes or Processes()
+        self.rows = self.unsynchronised = None
+        if self.processes.world > 1:
+            device = next(model.parameters()).device
+            self.rows = self.processes.share(config.batch_size).to(device)
+            if config.sync_batch_norm:
+                synchronise_batch_norm(model)
+            else:
+                self.unsynchronised = [b for b in model.buffers() if b.is_floating_point()]
         self.masters = MasterWeights(model, config.opt_level)
+        self.network = self.processes.parallel(model)
         parameters = self.masters.parameters
         decayed = [p for p in parameters.values() if p.ndim > 1]
         exempt = [p for p in parameters.values() if p.ndim <= 1]
@@ -132,6 +145,7 @@ class Learner:
         prunable = {**self.masters.frozen, **parameters}
         self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
         self.image_size = IMAGE_SIZE
+        self.graphs = StepGraphs(capture if device == "cuda" and self.processes.world == 1 else None)
 
     def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:
         """Set alpha, rate and image size; choose this epoch's masks, unless they came with a checkpoint."""
@@ -151,21 +165,50 @@ class Learner:
 
         images : uint8 (N, 32, 32, 3), the whole training set; labels : int64 (N,)
         plan : which of them, and every random choice made for them
+
+        Nothing in here waits for the device. Of several processes each computes its share of the batch;
+        weights and the returned loss are those of the whole of it, the same in all.
         """
-        inputs = augment(images[plan.order], plan)
-        targets = labels[plan.order]
+        return self.graphs(self, images, labels, plan)
+
+    def run_step(self, images: Tensor, labels: Tensor, plan: StepPlan) -> Tensor:
+        """:meth:`step`, launch by launch."""
         self.model.train()
-        loss = self.loss(inputs, targets, plan)
-        self.scaler.scale(loss).backward()
+        backward = self._backward if self.rows is None else self._backward_share
+        with ternarized_once(self.model):
+            loss = backward(images, labels, plan)
         self.masters.take_gradients()
         if not self.scaler.is_enabled():
             # A loss that is not finite must not reach the weights: the first bad layer is still to be named.
-            self.sgd.found_inf = (~loss.detach().isfinite()).float()
+            self.sgd.found_inf = (~loss.isfinite()).float()
         self.scaler.step(self.sgd)
         self.scaler.update()
         self.sgd.zero_grad(set_to_none=True)
         self._mask()
+        return loss
+
+    def _backward(self, images: Tensor, labels: Tensor, plan: StepPlan) -> Tensor:
+        loss = self.loss(augment(images[plan.order], plan), labels[plan.order], plan)
+        self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def _backward_share(self, images: Tensor, labels: Tensor, plan: StepPlan) -> Tensor:
+        own = plan.rows(self.rows)
+        loss = self._share_loss(images, labels, plan, own)
+        part = len(own.order) / len(plan.order)
+        # Gradients become means over the processes, whose shares may differ by a few images.
+        self.scaler.scale(loss * (part * self.processes.world)).backward()
+        if self.unsynchronised:
+            self.processes.average(self.unsynchronised, part)
+        return self.processes.total(loss.detach() * part)
+
+    def _share_loss(self, images: Tensor, labels: Tensor, plan: StepPlan, own: StepPlan) -> Tensor:
+        inputs, targets = augment(images[own.order], own), labels[own.order]
+        if not plan.use_cutmix:
+            return F.cross_entropy(self.scores(inputs), targets)
+        others = plan.rows(plan.partner[self.rows])  # anywhere in the batch
+        partners = augment(images[others.order], others), targets, labels[others.order]
+        return mixed_loss(self.scores, inputs, *partners, plan.box, plan.lam, self.config.consistency)[0]
 
     def loss(self, inputs: Tensor, targets: Tensor, plan: StepPlan) -> Tensor:
         if plan.use_cutmix:
@@ -178,7 +221,7 @@ class Learner:
         if self.image_size != inputs.shape[-1]:
             inputs = F.interpolate(inputs, size=(self.image_size, self.image_size), mode="area")
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return self.model(inputs)
+        return self.network(inputs)
 
     def _mask(self) -> None:
         self.pruner.apply()

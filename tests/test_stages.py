@@ -16,8 +16,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from msunet_core import StudyError, evaluate, load_checkpoint, prune, train
+from msunet_core import (
+    ImageData,
+    StageConfig,
+    StudyError,
+    build_msunet,
+    evaluate,
+    fast,
+    load_checkpoint,
+    load_data,
+    prune,
+    train,
+)
+from msunet_core.augment import EpochPlan
 from msunet_core.checkpoint import read_checkpoint, save_checkpoint
 from msunet_core.evaluation import accuracy, class_scores
 from msunet_core.stages import CHECKPOINT
@@ -406,6 +419,154 @@ def test_a_loss_scale_that_falls_without_end_stops_the_stage(
     with pytest.raises(StudyError, match=r"epoch 0: the loss scale fell to .*lower lr 0.05 or train at O0"):
         train(new_network(), images, recipe(opt_level="O2"), tmp_path, progress=False)
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+# --- losses that are read late, as on a GPU ---------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Notes each operation that hands a value to Python: on a GPU the host would wait for it."""
+
+    NAMES = (
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::masked_select",
+        "aten::equal",
+        "aten::is_nonzero",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+        self.paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if not self.paused and (by_mask or func.name() in self.NAMES):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["train-O0", "prune-O2"])
+@pytest.mark.parametrize("late", [False, True])
+def test_within_an_epoch_no_value_is_read_where_losses_are_read_late(
+    images, new_network, recipe, tmp_path, monkeypatch, kind, late
+):
+    run, changes = STAGES[kind]
+    config = recipe(**changes, epochs=1, batch_size=4, cutmix_probability=0.5)  # 6 steps, some with CutMix
+    reads, of_plan = HostReads(), EpochPlan.step
+
+    def planned(plan, index):
+        reads.paused = True  # what to run is read from a tensor that stays with the host
+        try:
+            return of_plan(plan, index)
+        finally:
+            reads.paused = False
+
+    def watch(done, total, text):
+        if done == 1:
+            reads.__enter__()
+        elif done == 5:
+            reads.__exit__(None, None, None)
+
+    monkeypatch.setattr(EpochPlan, "step", planned)
+    if late:
+        monkeypatch.setattr("msunet_core.stages.LIVE_LOSS", ())
+    with fast.plain():  # as on a device that the CPU's kernels do not serve
+        run(new_network(), images, config, tmp_path, progress=watch)
+    assert len(reads.seen) == 0 if late else len(reads.seen) >= 4, reads.seen
+
+
+@pytest.mark.parametrize("step", [None, 5])
+def test_losses_read_late_are_the_same_losses(images, new_network, recipe, tmp_path, monkeypatch, step):
+    config = recipe(opt_level="O2")
+    train(new_network(), images, config, tmp_path / "live", progress=False)
+    monkeypatch.setattr("msunet_core.stages.LIVE_LOSS", ())
+    if step:
+        with pytest.raises(SystemExit):
+            train(new_network(), images, config, tmp_path / "late", progress=stop_at(step, signal.SIGTERM))
+        losses = read_checkpoint(tmp_path / "late" / CHECKPOINT)[1]["losses"]
+        assert len(losses) == step - 3
+        assert 0 not in losses
+    train(new_network(), images, config, tmp_path / "late", progress=False)
+    assert_same(tmp_path / "late", tmp_path / "live")
+
+
+def test_a_loss_that_is_not_finite_is_named_at_the_end_of_its_epoch_where_losses_are_read_late(
+    images, new_network, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("msunet_core.stages.LIVE_LOSS", ())
+    network, steps = new_network(), []
+
+    def spoil(done, total, text):
+        steps.append(done)
+        if done == 4:
+            network.bn1.weight.data.fill_(float("inf"))
+
+    with pytest.raises(StudyError, match=r"loss nan at epoch 1, step 1, first bad layer bn1.weight"):
+        train(network, images, recipe(cutmix_probability=0.0), tmp_path, progress=spoil)
+    assert steps == [1, 2, 3, 4, 5]
+    assert read_checkpoint(tmp_path / CHECKPOINT)[1]["epoch"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["train-O0", "train-O2", "prune-O2"])
+def test_within_an_epoch_the_host_does_not_wait_for_a_gpu(images, new_network, recipe, tmp_path, kind):
+    run, changes = STAGES[kind]
+    config = recipe(**changes, epochs=1, batch_size=2, cutmix_probability=1.0)
+
+    def watch(done, total, text):  # of 12 steps, once kernels are compiled and steps are recorded
+        torch.cuda.set_sync_debug_mode("error" if 6 <= done < 11 else "default")
+
+    try:
+        run(new_network(), images, config, tmp_path, device="cuda", progress=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- the fast way is the plain way ------------------------------------------------------------------------
+
+
+def mean_losses(images, folder: Path, **changes) -> np.ndarray:
+    """Training losses (seeds, epochs) of three seeds; weights and batches differ between them."""
+    curves = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = build_msunet(num_classes=images.num_classes, width=0.0625)
+        settings = dict(epochs=5, batch_size=16, lr=0.05, warmup_epochs=1, alpha=0.67749, evaluate_every=5)
+        config = StageConfig(**(settings | changes))
+        result = train(network, images, config, folder / str(seed), seed=seed, progress=False)
+        curves.append(result.history["train_loss"].to_numpy())
+    return np.stack(curves)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fast.enabled(), reason="no fast way here")
+def test_the_fast_way_trains_along_the_same_curve_within_the_noise_of_three_seeds(tmp_path):
+    """Difference of the seeds' mean curves, over the epochs' mean, against their spread between seeds."""
+    everything = load_data("synthetic", limit=16)
+    few, few_test = everything.train_labels < 8, everything.test_labels < 8
+    images = ImageData(
+        everything.train_images[few],
+        everything.train_labels[few],
+        everything.test_images[few_test],
+        everything.test_labels[few_test],
+        class_names=everything.class_names[:8],
+        source="few",
+    )
+    quick = mean_losses(images, tmp_path / "fast")
+    with fast.plain():
+        plain = mean_losses(images, tmp_path / "plain")
+        other = mean_losses(images, tmp_path / "other", lr=0.1)
+    spread = plain.std(axis=0, ddof=1).mean()
+
+    def ratio(curves: np.ndarray) -> float:
+        return np.abs((curves - plain).mean(axis=0)).mean() / spread
+
+    # Half a spread is what twice the learning rate goes beyond.
+    assert ratio(quick) < 0.5 < ratio(other), (ratio(quick), ratio(other))
 
 
 def can_mount() -> bool:
