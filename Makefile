@@ -21,9 +21,13 @@ VARIANT :=
 SET :=
 CHECKPOINT :=
 OPT_LEVEL :=
+OUT :=
 
 ifneq ($(shell printf '%s' '$(RUN)' | grep -cE '^[A-Za-z0-9][A-Za-z0-9._-]*$$'),1)
 $(error RUN='$(RUN)' is no folder name; use letters, digits, '.', '_' and '-')
+endif
+ifeq ($(RUN),pretrained)
+$(error RUN='pretrained' is the folder of the shipped network; choose another name)
 endif
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -86,12 +90,16 @@ PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msu
 DATA_FILES := $(if $(filter-out synthetic cifar100,$(DATA)),$(wildcard $(DATA) $(DATA)/* $(DATA)/*/*))
 INPUTS := $(CODE) $(PROFILE_FILE) $(DATA_FILES) $(RECORD)
 
-NAMES := 01_data_and_cutmix 02_ternary_training 03_fp16_pruning 04_o3_validation 05_scoring_walkthrough 06_ablations
+SHIPPED := runs/pretrained/msunet_v3.safetensors
+NAMES := 01_data_and_cutmix 02_ternary_training 03_fp16_pruning 04_o3_validation 05_scoring_walkthrough 06_ablations \
+  07_packed_network
 EXECUTED := $(NAMES:%=$(RUN_FOLDER)/%.ipynb)
 INDEX := $(RUN_FOLDER)/index.html
 
 $(RUN_FOLDER)/03_fp16_pruning.ipynb: $(RUN_FOLDER)/02_ternary_training.ipynb
-$(RUN_FOLDER)/04_o3_validation.ipynb $(RUN_FOLDER)/05_scoring_walkthrough.ipynb: $(RUN_FOLDER)/03_fp16_pruning.ipynb
+# On the real CIFAR-100 these also look at the shipped network.
+$(patsubst %,$(RUN_FOLDER)/%.ipynb,04_o3_validation 05_scoring_walkthrough 07_packed_network): \
+  $(RUN_FOLDER)/03_fp16_pruning.ipynb $(wildcard $(SHIPPED))
 
 STAGE_02_ternary_training := train
 STAGE_03_fp16_pruning := prune
@@ -126,7 +134,7 @@ LOCKED = $(if $(DRY),,$(PY) -m msunet_core.runner lock $(RUN_FOLDER) -- )$(MAKE)
 ##@ targets
 
 .PHONY: reproduce train prune ablations report
-reproduce: $(ENVIRONMENT) ## run notebooks 01..06 headless and render the pages, as far as anything changed
+reproduce: $(ENVIRONMENT) ## run notebooks 01..07 headless and render the pages, as far as anything changed
 	@$(CHECK)
 	+@$(LOCKED) .$@
 train: $(ENVIRONMENT) ## only notebook 02: ternary training
@@ -141,16 +149,20 @@ ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
 report: $(ENVIRONMENT) ## render the pages of RUN again from what is there, running nothing
 	@$(PY) -m msunet_core.report $(RUN_FOLDER)
 
-.PHONY: score validate
+.PHONY: score validate pack
 needed = $(if $($1),,$(error give $1=..., for example $2))
-score: $(ENVIRONMENT) ## score CHECKPOINT=... [VARIANT= OPT_LEVEL=]: parameters, operations, score
-	@$(call needed,CHECKPOINT,make score CHECKPOINT=runs/smoke/prune/checkpoint.safetensors)\
-	$(PY) -m msunet_core score $(call quote,$(CHECKPOINT)) $(OPTIONS)
-validate: $(ENVIRONMENT) ## top-1 and top-5 of CHECKPOINT=... on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
-	@$(call needed,CHECKPOINT,make validate CHECKPOINT=runs/smoke/prune/checkpoint.safetensors DATA=cifar100)\
-	$(call needed,DATA,DATA=cifar100 or the path of an .npz)\
-	$(PY) -m msunet_core validate $(call quote,$(CHECKPOINT)) --data $(call quote,$(DATA)) $(OPTIONS) \
-	  $(if $(LIMIT),--limit $(call quote,$(LIMIT))) $(if $(DEVICE),--device $(call quote,$(DEVICE)))
+score: $(ENVIRONMENT) ## score the shipped network or CHECKPOINT=... [VARIANT= OPT_LEVEL=]
+	@$(PY) -m msunet_core score $(FILE) $(OPTIONS)
+validate: $(ENVIRONMENT) ## test the shipped network or CHECKPOINT= on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
+	@$(call needed,DATA,DATA=cifar100 or the path of an .npz)\
+	$(PY) -m msunet_core validate $(FILE) --data $(call quote,$(DATA)) $(OPTIONS) $(SOME)
+pack: $(ENVIRONMENT) ## write CHECKPOINT=... as a packed file OUT=...; DATA=... keeps its top-1 in it
+	@$(call needed,CHECKPOINT,make pack CHECKPOINT=runs/smoke/prune OUT=smoke.safetensors)\
+	$(call needed,OUT,OUT=smoke.safetensors)\
+	$(PY) -m msunet_core pack $(FILE) $(call quote,$(OUT)) $(if $(VARIANT),--variant $(call quote,$(VARIANT))) \
+	  $(if $(DATA),--data $(call quote,$(DATA)) $(SOME))
+FILE = $(if $(CHECKPOINT),$(call quote,$(CHECKPOINT)))
+SOME = $(if $(LIMIT),--limit $(call quote,$(LIMIT))) $(if $(DEVICE),--device $(call quote,$(DEVICE)))
 OPTIONS = $(if $(VARIANT),--variant $(call quote,$(VARIANT))) $(if $(OPT_LEVEL),--opt-level $(call quote,$(OPT_LEVEL)))
 
 .PHONY: test test-fast lint lab notebooks

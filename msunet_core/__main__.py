@@ -1,8 +1,9 @@
-"""The study without Jupyter, for a server: ``python -m msunet_core {data,train,prune,validate,score}``."""
+"""The study without Jupyter, for a server: ``python -m msunet_core COMMAND --help``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from . import StudyError, evaluate, load_checkpoint, load_data, load_profile, prune, score, train
 from .config import Profile, profile_names
 from .data import save_npz
+from .distributed import first_to_fail, rank
+from .packed import load_network, pack, provenance_of, shipped, unpack
 from .precision import OPT_LEVELS
 from .stages import CHECKPOINT, resolve_device
 from .study import new_network
@@ -19,7 +22,9 @@ SOURCES_HELP = "synthetic, cifar100, an .npz or a folder"
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m msunet_core", description=__doc__.splitlines()[0])
-    commands = top.add_subparsers(dest="command", required=True, metavar="{data,train,prune,validate,score}")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="{data,train,prune,validate,score,pack}"
+    )
 
     choice = argparse.ArgumentParser(add_help=False)
     known = ", ".join(profile_names())
@@ -46,19 +51,36 @@ def parser() -> argparse.ArgumentParser:
     pruning.add_argument("--out", type=Path, required=True, help="folder of the stage")
     pruning.set_defaults(run=run_prune)
 
-    validating = commands.add_parser("validate", help="top-1, top-5 and loss of a checkpoint on test images")
-    validating.add_argument("checkpoint", type=Path, help="published *.pth.tar or the study's own")
+    files = "packed file, published *.pth.tar or the study's own; a folder stands for the checkpoint in it"
+    validating = commands.add_parser("validate", help="top-1, top-5 and score of a network on test images")
     validating.add_argument("--data", required=True, metavar="SOURCE", help=SOURCES_HELP)
     validating.add_argument("--limit", type=int, help="first N test images of each class")
     validating.add_argument("--device", default="auto")
     validating.set_defaults(run=run_validate)
 
-    scoring = commands.add_parser("score", help="parameters, operations and score of a checkpoint")
-    scoring.add_argument("checkpoint", type=Path, help="published *.pth.tar or the study's own")
+    scoring = commands.add_parser("score", help="parameters, operations and score of a network")
     scoring.add_argument("--layers", action="store_true", help="print the row of each module too")
     scoring.set_defaults(run=run_score)
 
+    packing = commands.add_parser("pack", help="write a network as a packed file, as small as its score says")
+    packing.add_argument("checkpoint", type=Path, help=files)
+    packing.add_argument("out", type=Path, help="file to write, such as msunet_v3.safetensors")
+    packing.add_argument("--variant", default="v3", help="v1, v2 or v3 (default v3)")
+    packing.add_argument("--no-merge", action="store_true", help="keep all four vectors of each batch norm")
+    packing.add_argument(
+        "--data", metavar="SOURCE", help=f"measure top-1 and keep it in the file; {SOURCES_HELP}"
+    )
+    packing.add_argument(
+        "--provenance", type=Path, metavar="JSON", help="keep this instead of the run's own words"
+    )
+    packing.add_argument("--limit", type=int, help="first N test images of each class")
+    packing.add_argument("--device", default="auto")
+    packing.set_defaults(run=run_pack)
+
     for command in (validating, scoring):
+        command.add_argument(
+            "checkpoint", type=Path, nargs="?", help=f"{files} (default: the shipped network)"
+        )
         command.add_argument("--variant", default="v3", help="v1, v2 or v3 (default v3)")
         command.add_argument("--opt-level", nargs="+", default=["O0", "O2", "O3"], choices=OPT_LEVELS)
     return top
@@ -66,13 +88,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if rank() and arguments.run not in (run_train, run_prune):
+        return 0  # torchrun started several, and these commands are for one
     try:
         arguments.run(arguments)
     except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"stopped: {str(stopped) or 'by Ctrl-C'}; the same command goes on from there", file=sys.stderr)
+        if rank() == 0:
+            print(
+                f"stopped: {str(stopped) or 'by Ctrl-C'}; the same command goes on from there",
+                file=sys.stderr,
+            )
         return 130
     except BrokenPipeError:  # | head
         sys.stderr.close()
@@ -101,14 +130,66 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_prune(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
-    path = arguments.checkpoint / CHECKPOINT if arguments.checkpoint.is_dir() else arguments.checkpoint
-    model, _ = load_checkpoint(path, profile.network.variant)
+    model, _ = load_checkpoint(_file(arguments.checkpoint), profile.network.variant)
     data = _data(profile)
     _tell(prune(model, data, profile.prune, arguments.out, seed=profile.seed, device=profile.device))
 
 
 def run_validate(arguments: argparse.Namespace) -> None:
-    model, _ = load_checkpoint(arguments.checkpoint, arguments.variant)
+    path = _file(arguments.checkpoint) if arguments.checkpoint else shipped()
+    model, _ = load_network(path, arguments.variant)
+    data = _test_data(arguments, model)
+    print(f"{path}: {path.stat().st_size:,} bytes, {len(data.test_images)} test images of {arguments.data}")
+    print(f"{'level':6}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}{'score':>10}")
+    for level in arguments.opt_level:
+        found = evaluate(model, data.test_images, data.test_labels, level)
+        value = score(model, level).value
+        print(f"{level:6}{found['top1']:9.2f}{found['top5']:9.2f}{found['loss']:9.4f}{value:10.5f}")
+
+
+def run_score(arguments: argparse.Namespace) -> None:
+    model, _ = load_network(
+        _file(arguments.checkpoint) if arguments.checkpoint else shipped(), arguments.variant
+    )
+    for level in arguments.opt_level:
+        scored = score(model, level)
+        if arguments.layers:
+            print(scored.layers.to_string(index=False))
+        print(f"{level}\n{scored}")
+
+
+def run_pack(arguments: argparse.Namespace) -> None:
+    path = _file(arguments.checkpoint)
+    model, info = load_network(path, arguments.variant)
+    kept = {"merge": not arguments.no_merge, "provenance": provenance_of(path, info)}
+    if arguments.provenance:
+        kept["provenance"] = _json(arguments.provenance)
+    pack(model, arguments.out, **kept)
+    if arguments.data:
+        packed = unpack(arguments.out, "O0")
+        data = _test_data(arguments, packed)
+        found = evaluate(packed, data.test_images, data.test_labels, "O3")
+        accuracy = {"level": "O3", "images": len(data.test_images), "fingerprint": data.fingerprint}
+        accuracy |= {name: round(value, 4) for name, value in found.items()}
+        pack(model, arguments.out, accuracy=accuracy, **kept)
+        print(f"O3: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
+    size, counted = arguments.out.stat().st_size, 4 * score(model, "O3").params
+    print(f"{arguments.out}: {size:,} bytes, {size / counted:.4f} x the {counted:,.0f} that the score counts")
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is not a JSON file ({error}); correct it") from error
+
+
+def _file(path: Path) -> Path:
+    return path / CHECKPOINT if path.is_dir() else path
+
+
+def _test_data(arguments: argparse.Namespace, model):
+    """The data that a network is tested on; the network is on its device afterwards."""
     model.to(resolve_device(arguments.device))
     data = load_data(arguments.data, limit=arguments.limit)
     classes = model.config["num_classes"]
@@ -116,20 +197,7 @@ def run_validate(arguments: argparse.Namespace) -> None:
         raise StudyError(
             f"the data have {data.num_classes} classes, the network {classes}; give the data of its training"
         )
-    print(f"{arguments.checkpoint}: {len(data.test_images)} test images of {arguments.data}")
-    print(f"{'level':6}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}")
-    for level in arguments.opt_level:
-        found = evaluate(model, data.test_images, data.test_labels, level)
-        print(f"{level:6}{found['top1']:9.2f}{found['top5']:9.2f}{found['loss']:9.4f}")
-
-
-def run_score(arguments: argparse.Namespace) -> None:
-    model, _ = load_checkpoint(arguments.checkpoint, arguments.variant)
-    for level in arguments.opt_level:
-        scored = score(model, level)
-        if arguments.layers:
-            print(scored.layers.to_string(index=False))
-        print(f"{level}\n{scored}")
+    return data
 
 
 def _profile(arguments: argparse.Namespace) -> Profile:
@@ -149,6 +217,8 @@ def _data(profile: Profile):
 
 
 def _tell(result) -> None:
+    if rank():
+        return
     measured = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
     print(f"{result.checkpoint}: {measured}")
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import packed
 from .checkpoint import load_checkpoint
 from .config import Profile, load_profile
 from .data import ImageData, load_data
 from .errors import StudyError
 from .files import atomic_path, atomic_write, write_fault
 from .network import build_msunet
+from .packed import load_network, shipped
 from .stages import CHECKPOINT, Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +105,26 @@ class Study:
             notebook = {"train": "02_ternary_training", "prune": "03_fp16_pruning"}.get(stage, stage)
             raise StudyError(f"{path} does not exist; run notebook {notebook} with this RUN first")
         return load_checkpoint(path, self.profile.network.variant)[0]
+
+    def trained(self) -> tuple[str, nn.Module]:
+        """The trained network that pages look at, after what it is called.
+
+        That is what this run pruned; but with the real CIFAR-100 the network that the repository ships,
+        unless this run trained one of its own at full width on all images.
+        """
+        own = (self.folder / "prune" / CHECKPOINT).exists()
+        whole = self.profile.network.width == 1.0 and self.profile.data.limit is None
+        if self.fits_shipped and not (own and (whole or not packed.SHIPPED.exists())):
+            return "the shipped network", load_network(shipped(), self.profile.network.variant)[0]
+        return "the network of this run", self.checkpoint("prune")
+
+    @property
+    def fits_shipped(self) -> bool:
+        """Whether the data are CIFAR-100, by its classes, and the profile's variant the shipped one."""
+        if self.profile.data.source == "synthetic" or self.profile.network.variant != "v3":
+            return False
+        names = self.data.class_names
+        return len(names) == 100 and (names[0], names[-1]) == ("apple", "worm")
 
     def save_figure(self, figure, name: str) -> None:
         """Write a matplotlib figure to ``figures/<name>.png``."""

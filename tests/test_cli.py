@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from msunet_core import build_msunet, load_checkpoint
+from msunet_core import build_msunet, load_checkpoint, packed
 from msunet_core.__main__ import main
 from msunet_core.data import save_npz
+from msunet_core.packed import load_network
 from msunet_core.stages import CHECKPOINT
 
 SHORT = [
@@ -47,7 +48,7 @@ def error_of(capsys, *arguments) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["", "data", "train", "prune", "validate", "score"])
+@pytest.mark.parametrize("command", ["", "data", "train", "prune", "validate", "score", "pack"])
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
@@ -67,13 +68,51 @@ def test_the_study_runs_from_data_to_score(capsys, npz, tmp_path):
     assert run("train", "--data", npz, "--out", trained, "--device", "cpu", "--set", *SHORT) == out
     run("prune", "--data", npz, "--out", pruned, "--checkpoint", trained, "--device", "cpu", "--set", *SHORT)
     table = run("validate", trained / CHECKPOINT, "--data", npz, "--opt-level", "O0", "O3")
-    level, top1, top5, _ = table.splitlines()[2].split()
+    level, top1, top5, _, _ = table.splitlines()[2].split()
     assert (level, float(top1), float(top5)) == ("O0", pytest.approx(accuracy, abs=0.006), 100.0)
     assert table.splitlines()[3].split()[0] == "O3"
     assert run("score", pruned / CHECKPOINT, "--opt-level", "O3").startswith("O3\n")
     model, info = load_checkpoint(pruned / CHECKPOINT)
     assert (info["stage"], info["opt_level"]) == ("prune", "O2")
     assert model.config["num_classes"] == 4
+
+    out = run("pack", pruned, tmp_path / "net.safetensors", "--data", npz)
+    packed_top1 = re.search(r"O3: top-1 ([\d.]+) %", out)[1]
+    table = run("validate", tmp_path / "net.safetensors", "--data", npz, "--opt-level", "O3")
+    counted = run("score", pruned, "--opt-level", "O3")
+    assert run("score", tmp_path / "net.safetensors", "--opt-level", "O3") == counted
+    size = (tmp_path / "net.safetensors").stat().st_size
+    assert f"net.safetensors: {size:,} bytes, 12 test images" in table
+    level, top1, _, _, value = table.splitlines()[2].split()
+    assert (level, top1) == ("O3", packed_top1)
+    assert value in counted
+    _, info = load_network(tmp_path / "net.safetensors")
+    assert info["accuracy"]["images"] == 12
+    assert info["accuracy"]["top1"] == pytest.approx(float(top1), abs=0.006)
+    assert info["provenance"] == {"stage": "prune", "epoch": 1}
+
+
+def test_without_a_checkpoint_the_shipped_network_is_taken(capsys, npz, new_network, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "SHIPPED", tmp_path / "shipped.safetensors")
+    assert "shipped.safetensors is not there, and no checkpoint was given" in error_of(capsys, "score")
+    packed.pack(new_network(), packed.SHIPPED)
+    assert main(["score", "--opt-level", "O3"]) == 0
+    assert main(["validate", "--data", npz, "--opt-level", "O0", "O3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].startswith(str(packed.SHIPPED))
+    assert [line.split()[0] for line in lines[-2:]] == ["O0", "O3"]
+
+
+def test_a_packed_file_keeps_the_provenance_that_is_given(capsys, new_network, tmp_path):
+    told, out = tmp_path / "provenance.json", tmp_path / "net.safetensors"
+    packed.pack(new_network(), tmp_path / "source.safetensors")
+    command = ["pack", str(tmp_path / "source.safetensors"), str(out), "--provenance", str(told)]
+    assert "provenance.json is not a JSON file" in error_of(capsys, *command)
+    told.write_text('{"command": "make"}')
+    assert main([*command, "--no-merge"]) == 0
+    assert "that the score counts" in capsys.readouterr().out
+    info = load_network(out)[1]
+    assert (info["provenance"], info["merged"]) == ({"command": "make"}, False)
 
 
 def test_data_are_written_as_an_npz_that_is_read_again(capsys, npz, tmp_path):
@@ -122,6 +161,8 @@ def test_a_wrong_checkpoint_is_one_line(capsys, npz, tmp_path):
     assert "choose one of v1, v2, v3" in error_of(capsys, "score", path, "--variant", "v9")
     assert "is not a file" in error_of(capsys, "score", tmp_path / "missing.pth.tar")
     assert "is not a file" in error_of(capsys, "score", tmp_path)
+    assert "is not a file" in error_of(capsys, "pack", tmp_path, tmp_path / "net.safetensors")
+    assert "is not an MSUNet-v3" in error_of(capsys, "pack", path, tmp_path / "net.safetensors")
     assert "invalid choice: 'O9'" in error_of(capsys, "score", path, "--opt-level", "O9")
     missing = error_of(
         capsys, "prune", "--checkpoint", tmp_path / "no", "--out", tmp_path / "out", "--data", npz

@@ -23,8 +23,11 @@ NOTEBOOKS = [
     "04_o3_validation",
     "05_scoring_walkthrough",
     "06_ablations",
+    "07_packed_network",
 ]
 ALL = [*NOTEBOOKS, "pages"]
+LOOK_AT_PRUNED = [*NOTEBOOKS[3:5], "07_packed_network"]
+SHIPPED = "runs/pretrained/msunet_v3.safetensors"
 MODULES = ["__init__", "__main__", "data", "network", "report", "runner"]
 # Set by the make, the shell or the environment that runs these tests, and not for the make under test.
 INHERITED = re.compile(r"MAKE|MFLAGS|MSUNET_|PYTHON|VIRTUAL_ENV|CONDA_")
@@ -135,8 +138,8 @@ def test_a_dry_run_says_what_would_run_and_does_nothing(done):
     [
         ("notebooks/05_scoring_walkthrough.ipynb", ["05_scoring_walkthrough", "pages"]),
         ("notebooks/01_data_and_cutmix.ipynb", ["01_data_and_cutmix", "pages"]),
-        ("notebooks/03_fp16_pruning.ipynb", [*NOTEBOOKS[2:5], "pages"]),
-        ("notebooks/02_ternary_training.ipynb", [*NOTEBOOKS[1:5], "pages"]),
+        ("notebooks/03_fp16_pruning.ipynb", ["03_fp16_pruning", *LOOK_AT_PRUNED, "pages"]),
+        ("notebooks/02_ternary_training.ipynb", [*NOTEBOOKS[1:3], *LOOK_AT_PRUNED, "pages"]),
         ("msunet_core/network.py", ALL),
         ("msunet_core/profiles/smoke.yaml", ALL),
         ("msunet_core/report.py", ["pages"]),
@@ -185,6 +188,13 @@ def test_changed_images_rerun_all(checkout):
     assert checkout.make("reproduce", "DATA=images.npz") == []
     checkout.touch("images.npz")
     assert checkout.make("reproduce", "DATA=images.npz") == ALL
+
+
+def test_another_shipped_network_reruns_what_may_look_at_it(checkout):
+    checkout.write(SHIPPED, "")
+    assert checkout.make("reproduce") == ALL
+    checkout.touch(SHIPPED)
+    assert checkout.make("reproduce") == [*LOOK_AT_PRUNED, "pages"]
 
 
 def test_an_image_more_in_a_class_folder_reruns_all(checkout):
@@ -238,7 +248,7 @@ def test_parts_of_the_study_run_what_they_need(checkout):
     assert checkout.make("prune") == NOTEBOOKS[1:3]
     assert checkout.make("train") == []
     assert checkout.make("ablations") == ["06_ablations"]
-    assert checkout.make("reproduce") == ["01_data_and_cutmix", *NOTEBOOKS[3:5], "pages"]
+    assert checkout.make("reproduce") == ["01_data_and_cutmix", *LOOK_AT_PRUNED, "pages"]
 
 
 def test_notebooks_get_their_parameters_and_stages_the_inputs_they_depend_on(checkout):
@@ -262,16 +272,33 @@ def test_notebooks_get_their_parameters_and_stages_the_inputs_they_depend_on(che
     }
 
 
-def test_score_and_validate_ask_for_what_they_need(checkout):
-    for target, missing in (("score", "CHECKPOINT"), ("validate", "CHECKPOINT")):
-        result = checkout.call(target)
+def test_score_validate_and_pack_ask_for_what_they_need(checkout):
+    needed = (["validate"], "DATA"), (["pack"], "CHECKPOINT"), (["pack", "CHECKPOINT=a"], "OUT")
+    for arguments, missing in needed:
+        result = checkout.call(*arguments)
         assert result.returncode != 0 and f"give {missing}=" in result.stderr
+    assert checkout.make("score") == ["-m msunet_core score"]
+    assert checkout.make("validate", "DATA=images.npz") == ["-m msunet_core validate --data images.npz"]
+    assert checkout.make("pack", "CHECKPOINT=it's here", "OUT=a b.safetensors") == [
+        "-m msunet_core pack it's here a b.safetensors"
+    ]
+    assert checkout.make("pack", "CHECKPOINT=a", "OUT=b", "VARIANT=v1", "DATA=images.npz", "LIMIT=3") == [
+        "-m msunet_core pack a b --variant v1 --data images.npz --limit 3"
+    ]
     assert checkout.make("score", "CHECKPOINT=it's here.pth.tar", "VARIANT=v1", "OPT_LEVEL=O3") == [
         "-m msunet_core score it's here.pth.tar --variant v1 --opt-level O3"
     ]
     assert checkout.make("validate", "CHECKPOINT=a.pth.tar", "DATA=images.npz") == [
         "-m msunet_core validate a.pth.tar --data images.npz"
     ]
+
+
+def test_the_folder_of_the_shipped_network_is_no_run(checkout):
+    checkout.write(SHIPPED, "")
+    for target in ("reproduce", "clean"):
+        result = checkout.call(target, "RUN=pretrained")
+        assert result.returncode != 0 and "choose another name" in result.stderr
+    assert (checkout.folder / SHIPPED).exists()
 
 
 def test_clean_removes_the_run_and_only_the_run(done):

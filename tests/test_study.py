@@ -8,8 +8,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from msunet_core import StudyError, figures
+from msunet_core import ImageData, StudyError, figures, packed
+from msunet_core.checkpoint import save_checkpoint
 from msunet_core.config import load_profile
+from msunet_core.stages import CHECKPOINT
 from msunet_core.study import Study, _LiveLine, new_network
 
 
@@ -72,6 +74,54 @@ def test_a_run_is_one_folder_below_runs(run):
 def test_a_missing_stage_names_the_notebook_that_makes_it(study):
     with pytest.raises(StudyError, match="run notebook 02_ternary_training with this RUN first"):
         study.checkpoint("train")
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch, new_network):
+    """A stand-in for the shipped network, of a width that no profile has."""
+    path = tmp_path / "msunet_v3.safetensors"
+    packed.pack(new_network(num_classes=100, width=0.0625), path)
+    monkeypatch.setattr(packed, "SHIPPED", path)
+    return path
+
+
+def study_of(names, *overrides, **given) -> Study:
+    """A study whose data have classes of these names, an image each."""
+    study = Study("smoke", data="some.npz", overrides=" ".join(overrides), **given)
+    labels, images = torch.arange(len(names)), torch.zeros(len(names), 32, 32, 3, dtype=torch.uint8)
+    study._data = ImageData(images, labels, images, labels, class_names=tuple(names), source="some.npz")
+    return study
+
+
+def prune_one(study: Study, **arguments) -> None:
+    """Leave a checkpoint in the study's folder as notebook 03 does."""
+    model = new_network(study.profile, **arguments)
+    (study.folder / "prune").mkdir()
+    state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(study.folder / "prune" / CHECKPOINT, state, {"network": model.config})
+
+
+CIFAR100 = ["apple", *map(str, range(98)), "worm"]
+
+
+def test_the_real_cifar100_alone_is_looked_at_with_the_shipped_network(study, shipped):
+    name, model = study_of(CIFAR100).trained()
+    assert (name, model.config["width"]) == ("the shipped network", 0.0625)
+    for other in (study, study_of(CIFAR100[:50]), study_of(CIFAR100[::-1]), study_of(CIFAR100, variant="v1")):
+        with pytest.raises(StudyError, match="run notebook 03_fp16_pruning with this RUN first"):
+            other.trained()
+
+
+def test_a_run_looks_at_its_own_network_where_that_is_a_whole_one(study, shipped):
+    narrow = study_of(CIFAR100)
+    prune_one(narrow)
+    assert narrow.trained()[0] == "the shipped network"
+    assert study_of(CIFAR100, "network.width=1.0", limit=5).trained()[0] == "the shipped network"
+    whole = study_of(CIFAR100, "network.width=1.0", "data.limit=null").trained()
+    assert (whole[0], whole[1].config["width"]) == ("the network of this run", 0.125)
+    assert study.trained()[0] == "the network of this run"
+    shipped.unlink()
+    assert narrow.trained()[0] == "the network of this run"
 
 
 def test_the_same_seed_builds_the_same_network_whatever_was_drawn_before():
