@@ -149,7 +149,7 @@ ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
 report: $(ENVIRONMENT) ## render the pages of RUN again from what is there, running nothing
 	@$(PY) -m msunet_core.report $(RUN_FOLDER)
 
-.PHONY: score validate pack
+.PHONY: score validate pack pretrained
 needed = $(if $($1),,$(error give $1=..., for example $2))
 score: $(ENVIRONMENT) ## score the shipped network or CHECKPOINT=... [VARIANT= OPT_LEVEL=]
 	@$(PY) -m msunet_core score $(FILE) $(OPTIONS)
@@ -161,6 +161,9 @@ pack: $(ENVIRONMENT) ## write CHECKPOINT=... as a packed file OUT=...; DATA=... 
 	$(call needed,OUT,OUT=smoke.safetensors)\
 	$(PY) -m msunet_core pack $(FILE) $(call quote,$(OUT)) $(if $(VARIANT),--variant $(call quote,$(VARIANT))) \
 	  $(if $(DATA),--data $(call quote,$(DATA)) $(SOME))
+pretrained: $(ENVIRONMENT) ## ship RUN=...: its pruned network packed, measured on DATA=..., with curves and provenance
+	@$(call needed,DATA,DATA=cifar100 or the path of an .npz)$(PY) -m msunet_core.runner ship $(RUN_FOLDER) $(dir $(SHIPPED))
+	@$(PY) -m msunet_core pack $(RUN_FOLDER)/prune $(SHIPPED) --data $(call quote,$(DATA))
 FILE = $(if $(CHECKPOINT),$(call quote,$(CHECKPOINT)))
 SOME = $(if $(LIMIT),--limit $(call quote,$(LIMIT))) $(if $(DEVICE),--device $(call quote,$(DEVICE)))
 OPTIONS = $(if $(VARIANT),--variant $(call quote,$(VARIANT))) $(if $(OPT_LEVEL),--opt-level $(call quote,$(OPT_LEVEL)))

@@ -13,6 +13,7 @@ from .data import ImageData, load_data  # noqa: E402
 from .errors import StudyError  # noqa: E402
 from .evaluation import evaluate  # noqa: E402
 from .network import build_msunet  # noqa: E402
+from .packed import load_network, pack, unpack  # noqa: E402
 from .precision import apply_opt_level  # noqa: E402
 from .scoring import Score, score  # noqa: E402
 from .stages import StageResult, prune, train  # noqa: E402
@@ -31,8 +32,11 @@ __all__ = [
     "evaluate",
     "load_checkpoint",
     "load_data",
+    "load_network",
     "load_profile",
+    "pack",
     "prune",
     "score",
     "train",
+    "unpack",
 ]

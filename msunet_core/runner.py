@@ -33,7 +33,7 @@ from jupyter_client import AsyncKernelManager
 
 from .config import load_profile
 from .errors import StudyError, closest
-from .files import atomic_write, lock_folder, write_fault
+from .files import atomic_path, atomic_write, lock_folder, write_fault
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_NUMBERS = ("SEED", "LIMIT")
@@ -277,6 +277,31 @@ def _digest(inputs: Sequence[Path]) -> str:
 
 # -- what is committed -------------------------------------------------------------------------
 
+# What of a run is shipped beside its network: how it went, and how it was made.
+EVIDENCE = {
+    "train/history.csv": "train_history.csv",
+    "prune/history.csv": "prune_history.csv",
+    "figures/02_curves.png": "train_curves.png",
+    "figures/03_curves.png": "prune_curves.png",
+    "figures/03_schedule.png": "prune_schedule.png",
+}
+
+
+def ship(run: Path, folder: Path) -> None:
+    """Copy histories, curves and provenance of a finished run into ``folder``, without this machine's paths."""
+    missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
+    if missing:
+        raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
+    provenance = json.loads((run / "provenance.json").read_text())
+    data = provenance["parameters"].get("DATA")
+    if data:
+        provenance["parameters"]["DATA"] = Path(data).name
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, name in EVIDENCE.items():
+        with atomic_path(folder / name) as partial:
+            shutil.copyfile(run / source, partial)
+    atomic_write(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+
 
 def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict(
@@ -401,6 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("check", parents=[given], help="refuse parameters that no profile has")
     refresh = commands.add_parser("refresh", help="execute notebooks in place, for committing")
     refresh.add_argument("notebooks", type=Path, nargs="+")
+    shipping = commands.add_parser("ship", help="copy histories, curves and provenance of a run")
+    shipping.add_argument("run", type=Path)
+    shipping.add_argument("folder", type=Path)
     lock = commands.add_parser("lock", help="run a command that nobody else may run on this folder")
     lock.add_argument("folder", type=Path)
     lock.add_argument("command", nargs="+")
@@ -415,6 +443,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif asked.action == "refresh":
             for notebook in asked.notebooks:
                 refresh_notebook(notebook)
+        elif asked.action == "ship":
+            ship(asked.run, asked.folder)
         else:
             with lock_folder(asked.folder, os.environ.get("MSUNET_COMMAND")) as descriptor:
                 # The command takes this process over and its children inherit the descriptor, so

@@ -258,3 +258,33 @@ def test_refreshing_a_notebook_that_fails_keeps_the_committed_one(notebook):
         runner.refresh_notebook(path)
     assert path.read_text() == before
     assert visible(path.parent) == ["05_walk.ipynb"]
+
+
+# --- what is shipped --------------------------------------------------------------------------------------
+
+
+def finished_run(folder):
+    for name in runner.EVIDENCE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    told = {"command": "make prune", "parameters": {"DATA": "/home/somebody/images/cifar100.npz", "SEED": 0}}
+    (folder / "provenance.json").write_text(json.dumps(told))
+
+
+def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_path):
+    finished_run(tmp_path / "run")
+    assert runner.main(["ship", str(tmp_path / "run"), str(tmp_path / "shipped")]) == 0
+    shipped = tmp_path / "shipped"
+    assert {n: (shipped / n).read_bytes().decode() for n in runner.EVIDENCE.values()} == {
+        name: source for source, name in runner.EVIDENCE.items()
+    }
+    told = json.loads((shipped / "provenance.json").read_text())
+    assert told == {"command": "make prune", "parameters": {"DATA": "cifar100.npz", "SEED": 0}}
+
+
+def test_shipping_half_a_run_is_refused_and_copies_nothing(tmp_path, capfd):
+    finished_run(tmp_path / "run")
+    (tmp_path / "run" / "prune" / "history.csv").unlink()
+    assert runner.main(["ship", str(tmp_path / "run"), str(tmp_path / "shipped")]) == 1
+    assert "has no prune/history.csv; run notebooks 02 and 03 there first" in capfd.readouterr().err
+    assert not (tmp_path / "shipped").exists()
