@@ -288,7 +288,7 @@ EVIDENCE = {
 
 
 def ship(run: Path, folder: Path) -> None:
-    """Copy histories, curves and provenance of a finished run into ``folder``, without this machine's paths."""
+    """Copy histories, curves and provenance of a finished run into ``folder``, no path of this machine."""
     missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
