@@ -223,7 +223,8 @@ class Ours(Released):
         def epoch(steps: int, number: int) -> float:
             images, labels = random_images(steps * BATCH)
             began = time.perf_counter()
-            plan = draw_epoch_plan(len(images), BATCH, seed=0, stage="bench", epoch=number)
+            settings = dict(seed=0, stage="bench", epoch=number, cutmix_probability=0.0)  # all steps alike
+            plan = draw_epoch_plan(len(images), BATCH, **settings)
             for i in range(len(plan)):
                 learner.step(images, labels, plan.step(i)).item()
             return time.perf_counter() - began
@@ -394,6 +395,15 @@ def markdown(report: dict) -> str:
         text += (
             f" A step must move {share['bytes'] / 1e9:.2f} GB, and did so at {100 * share['share']:.0f} % of"
             f" the bandwidth of a copy, {share['copy GB/s']:.1f} GB/s."
+        )
+    scaling = report["results"].get("scaling")
+    if scaling:
+        seconds = scaling["seconds of an epoch by images"]
+        each = ", ".join(f"{1000 * found / int(images):.1f}" for images, found in seconds.items())
+        memory = scaling["resident MB after each epoch"]
+        text += (
+            f" In epochs of {', '.join(map(str, seconds))} images each image takes {each} ms;"
+            f" memory grows by {memory[-1] - memory[0]:.0f} MB in {len(memory) - 1} epochs."
         )
     lines += ["", text, ""]
     gpu = report["gpu"]

@@ -1,0 +1,74 @@
+"""What README says in numbers is what the committed files hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from msunet_core import score, unpack
+from msunet_core.packed import SHIPPED
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def row():
+    """The cells of our own row in the table of results."""
+    (line,) = [line for line in README.splitlines() if line.startswith("| **ours")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_row_of_results_is_the_shipped_file(row):
+    info = json.loads(read_metadata()["packed"])
+    scored = score(unpack(SHIPPED, "O0"), "O3")
+    assert info["accuracy"]["images"] == 10_000
+    assert row[1:7] == [
+        f"{info['accuracy']['top1']:.2f} %",
+        f"{info['accuracy']['top5']:.2f} %",
+        f"{scored.params / 1e6:.5f} M",
+        f"{scored.flops / 1e6:.2f} M",
+        f"{scored.value:.5f}",
+        f"{SHIPPED.stat().st_size:,} bytes",
+    ]
+
+
+def read_metadata() -> dict:
+    content = SHIPPED.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+
+
+def test_the_row_says_how_the_shipped_network_was_made():
+    provenance = json.loads((SHIPPED.parent / "provenance.json").read_text())
+    info = json.loads(read_metadata()["packed"])["provenance"]
+    assert info["commit"] == provenance["git"]["commit"]
+    assert provenance["git"]["clean"]
+    for said in (
+        f"{provenance['wall_seconds'] / 3600:.1f} h",
+        f"{provenance['hardware']['cores']} cores of {provenance['hardware']['cpu']}",
+        f"seed {provenance['seed']}",
+        f"PROFILE={provenance['profile']}",
+    ):
+        assert said in README
+
+
+def test_the_shipped_file_is_at_most_a_twentieth_larger_than_its_score_says():
+    scored = score(unpack(SHIPPED, "O0"), "O3")
+    assert SHIPPED.stat().st_size <= 1.05 * 4 * scored.params
+
+
+def test_the_shipped_files_name_no_path_of_a_machine():
+    for path in sorted(SHIPPED.parent.iterdir()):
+        found = re.findall(rb"/(?:home|root|tmp|work|usr|opt)/[\w./-]*", path.read_bytes())
+        assert not found or path.suffix == ".png", f"{path.name}: {found}"
+
+
+def test_the_table_of_speed_is_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench
+
+    report = json.loads((ROOT / "benchmarks" / "bench.json").read_text())
+    assert bench.markdown(report).strip() in README
