@@ -28,8 +28,6 @@ from msunet_core.ternary import binarize, folded_kernel, ternarize, ternary_grou
 from msunet_core.training import Learner
 
 ROOT = Path(__file__).parent.parent
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, which only these kernels do
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="no Triton: it comes with CUDA's PyTorch"
 )
