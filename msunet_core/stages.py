@@ -351,16 +351,15 @@ class _Stage:
         return row
 
     def _evaluate(self, stop: _StopSignals) -> dict[str, float]:
-        batches = torch.arange(len(self.test_images)).split(BATCH_SIZE)
+        count = len(self.test_images)
+        batches = [slice(first, first + BATCH_SIZE) for first in range(0, count, BATCH_SIZE)]
         classes = self.identity["network"]["num_classes"]
-        scores = torch.zeros(len(self.test_images), classes, device=self.device)
+        scores = torch.zeros(count, classes, device=self.device)
         for first in range(0, len(batches), self.processes.world):
             self._leave_if_asked(stop)
-            for rows in batches[first + self.processes.rank :][
-                :1
-            ]:  # this process's batch, if one is left for it
-                images = self.test_images[rows[0] : rows[-1] + 1]
-                scores[rows[0] : rows[-1] + 1] = class_scores(self.learner.model, images)
+            own = first + self.processes.rank
+            if own < len(batches):
+                scores[batches[own]] = class_scores(self.learner.model, self.test_images[batches[own]])
         # Zero plus the scores that one process computed is exactly those.
         return accuracy(self.processes.total(scores), self.test_labels)
 
