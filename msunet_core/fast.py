@@ -1,14 +1,16 @@
-"""The CPU's hot spots as fused kernels: batch norm, activation, depthwise convolution, squeeze-excitation.
+"""The CPU's hot spots as fused kernels: inverted residuals, batch norm, activation, depthwise convolution.
 
-PyTorch computes them well but one by one: batch norm and activation each pass over tensors that fit no
-cache, and the weight gradient of a 5x5 or 7x7 depthwise convolution takes several times its forward pass.
-``kernels.cpp`` does the same sums in fewer passes; in eval mode a whole block is one, and its ternary 1x1
-convolutions only add. It is compiled at first use, in some seconds, by the C++
-compiler of the machine for that machine's processor, and kept in the user's cache folder.
+PyTorch computes a block layer by layer, and each layer of the many channels between its two 1x1 convolutions
+passes over tensors that fit no cache. ``kernels.cpp`` goes image by image: expanded channels are made,
+convolved, gated and projected while they lie in a core's caches, and the ternary 1x1 convolutions only add.
+In training batch norm needs the whole batch, so a block keeps its depthwise output and makes the rest again
+in the backward pass: no slower than to write it and read it back, and a quarter of the traffic.
 
-Where that is not to be had (no compiler, another processor, a GPU, a dtype or memory layout that the
-kernels do not know, a hook that wants to see a module called, ``MSUNET_FAST=0``), everything here computes
-the plain PyTorch form instead. Both agree up to the rounding of FP32 sums in another order.
+The kernels are compiled at first use, in some ten seconds, by the C++ compiler of the machine for that
+machine's processor, and kept in the user's cache folder. Where that is not to be had (no compiler, another
+processor, a GPU, a dtype or memory layout that the kernels do not know, a hook that wants to see a module
+called, ``MSUNET_FAST=0``), everything here computes the plain PyTorch form instead. Both agree up to the
+rounding of FP32 sums in another order.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import Structure, c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import gpu
-from .ternary import TernaryConv2d, ternary_scale
+from .ternary import TernaryConv2d, folded_kernel, ternary_scale
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Kernels are for this processor only, so wide vectors where it has them. Nothing links OpenMP's library:
@@ -46,19 +50,26 @@ KERNELS, STRIDES = (3, 5, 7), (1, 2)
 # As in kernels.cpp: channels that buffers are padded to, rows of Affine, SUMS, and outputs of a ternary
 # convolution come in multiples of OUTPUTS.
 WIDTH, AFFINE, SUMS, OUTPUTS = 16, 6, 5, 4
+FLOAT = {torch.float32}
+# A variance so much smaller than what it is the difference of has lost two of the seven digits of FP32 sums.
+CANCELLED = 1e-2
 
 # C signature of each function of kernels.cpp, without the last argument, the threads: p pointer, i int,
 # l long, f float.
 SIGNATURES = {
     "moments": "iplllp",
     "norm": "pllppppffp",
-    "apply": "iippppplllp",
-    "sums": "iipplllpip",
+    "apply": "iippplllp",
+    "sums": "iipplllpp",
     "combine": "ppplllppp",
     "norm_gradient": "iippplllp",
-    "conv_forward": "iiilpppppllllllpp",
-    "conv_backward": "iiilpppppppllllllpppppp",
-    "residual": "iiilpppppllllllllpplppplpplpi",
+    "conv_forward": "iiilpppppllllllppp",
+    "conv_backward": "iiilpppllllllppppppppppppppppp",
+    "products": "ipllllpp",
+    "complete": "ipppplllpp",
+    "project": "iippllppplppp",
+    "project_backward": "iipppllpppppp",
+    "residual": "iiilpppppllllllpppplppi",
 }
 C_TYPES = {"p": c_void_p, "i": c_int, "l": c_long, "f": c_float}
 
@@ -182,8 +193,16 @@ def _is_watched(module: nn.Module | None) -> bool:
 
 
 def _call(name: str, *arguments) -> None:
-    given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    given = [_pointer(argument) for argument in arguments]
     getattr(library(), f"msunet_{name}")(*given, torch.get_num_threads())
+
+
+def _pointer(argument):
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, _Weights):
+        return argument.pointers
+    return ctypes.byref(argument.given) if isinstance(argument, _Ternary) else argument
 
 
 def _is_half(x: Tensor) -> bool:
@@ -211,12 +230,14 @@ def norm_act(norm: nn.BatchNorm2d, act: nn.Module | None, x: Tensor, skip: Tenso
     act : ``nn.ReLU``, ``nn.SiLU`` or None
     x, skip : (B, C, H, W)
     """
-    if norm.training and _serves_on_gpu("batch norm", x, norm, act):
+    fits = x.ndim == 4 and x.shape[1] == getattr(norm, "num_features", None)
+    fits = fits and _fits(norm, act, x.numel() // x.shape[1])
+    if fits and norm.training and _serves_on_gpu("batch norm", x, norm, act):
         skip_fits = skip is None or (skip.shape == x.shape and skip.dtype == x.dtype and gpu.is_images(skip))
-        if skip_fits and _fits(norm, act, x.numel() // x.shape[1]):
+        if skip_fits:
             return gpu.norm_act(norm, ACTS[type(act)], x, skip)
     skip_fits = skip is None or (skip.shape == x.shape and skip.dtype == x.dtype and _serves(skip))
-    if not (skip_fits and _fits(norm, act, x.numel() // x.shape[1]) and _serves(x, norm, act)):
+    if not (fits and skip_fits and _serves(x, norm, act)):
         y = norm(x)
         y = y if act is None else act(y)
         return y if skip is None else y + skip
@@ -234,7 +255,10 @@ def _fits(norm: nn.Module, act: nn.Module | None, values: int) -> bool:
         # A single value has no variance, which PyTorch refuses in its own words; gradients through running
         # statistics are nothing that the study computes.
         and (
-            (norm.weight.dtype == torch.float32 and values > 1)
+            (
+                values > 1
+                and {t.dtype for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)} == FLOAT
+            )
             if norm.training
             else not torch.is_grad_enabled()
         )
@@ -270,10 +294,14 @@ def _sums(x: Tensor) -> Tensor:
     return torch.zeros(len(x), SUMS, _padded(x.shape[1]))
 
 
-def _combine(sums: Tensor, gate: Tensor | None, dpooled: Tensor | None, x: Tensor, affine: Tensor):
-    """Gradients of the norm's weight and bias; completes ``affine`` for the gradient of ``x``."""
-    dweight, dbias = torch.empty(2, x.shape[1]).unbind()
-    _call("combine", sums, gate, dpooled, *_as_pixels(x), affine, dweight, dbias)
+def _combine(sums: Tensor, gate: Tensor | None, dpooled: Tensor | None, shape: tuple, affine: Tensor):
+    """Gradients of the norm's weight and bias; completes ``affine`` for that of its input, of ``shape``.
+
+    In place, of a tensor that may be saved for the backward pass: a second one writes the same again.
+    """
+    images, channels, height, width = shape
+    dweight, dbias = torch.empty(2, channels).unbind()
+    _call("combine", sums, gate, dpooled, images, height * width, channels, affine, dweight, dbias)
     return dweight, dbias
 
 
@@ -283,7 +311,7 @@ class _NormAct(Function):
         values = x.numel() // x.shape[1]
         affine = _norm(norm, _moments(x) if norm.training else None, values)
         y = torch.empty_like(x)
-        _call("apply", _is_half(x), act, x, skip, None, y, None, *_as_pixels(x), affine)
+        _call("apply", _is_half(x), act, x, skip, y, *_as_pixels(x), affine)
         ctx.save_for_backward(x, affine)
         ctx.act = act
         return y
@@ -293,8 +321,8 @@ class _NormAct(Function):
     def backward(ctx, dy):
         x, affine = ctx.saved_tensors
         dy, dx, sums = _in_pixels(dy), torch.empty_like(x), _sums(x)
-        _call("sums", _is_half(x), ctx.act, dy, x, *_as_pixels(x), affine, False, sums)
-        dweight, dbias = _combine(sums, None, None, x, affine)
+        _call("sums", _is_half(x), ctx.act, dy, x, *_as_pixels(x), affine, sums)
+        dweight, dbias = _combine(sums, None, None, x.shape, affine)
         _call("norm_gradient", _is_half(x), ctx.act, dy, x, dx, *_as_pixels(x), affine)
         return dx, dy if ctx.needs_input_grad[1] else None, None, None, dweight, dbias
 
@@ -349,37 +377,39 @@ def _empty_output(x: Tensor, stride: int, channels: int) -> Tensor:
 
 
 class _Weights:
-    """The kernels of some convolutions as C arrays; keeps alive what these point to."""
+    """The weights of some convolutions as C arrays; keeps alive what these point to."""
 
     def __init__(self, weights: tuple[Tensor, ...]):
         self.tensors = [weight.detach().float().contiguous() for weight in weights]
         count = len(weights)
-        self.arguments = (
-            count,
-            (c_long * count)(*[weight.shape[-1] for weight in weights]),
-            (c_long * count)(*[len(weight) for weight in weights]),
-            (c_void_p * count)(*[tensor.data_ptr() for tensor in self.tensors]),
-        )
+        sizes = (c_long * count)(*[weight.shape[-1] for weight in weights])
+        channels = (c_long * count)(*[len(weight) for weight in weights])
+        self.pointers = (c_void_p * count)(*[tensor.data_ptr() for tensor in self.tensors])
+        self.arguments = count, sizes, channels, self.pointers
 
 
-def _convolve(x, y, stride, weights, act=0, before=None, moments=None) -> None:
+def _convolve(x, y, stride, weights, act=0, expand=None, before=None, moments=None) -> None:
     packed = _Weights(weights)
-    shape = len(x), *x.shape[2:], *y.shape[2:], x.shape[1]
-    _call("conv_forward", _is_half(x), act, stride, *packed.arguments, x, y, *shape, before, moments)
+    shape = len(x), *x.shape[2:], *y.shape[2:], y.shape[1]
+    _call("conv_forward", _is_half(x), act, stride, *packed.arguments, x, y, *shape, expand, before, moments)
 
 
 def _convolve_back(
-    dy, y, x, dx, stride, weights, trained, act=0, before=None, after=None, gate=None, dpooled=None, sums=None
+    dy, x, dx, stride, weights, trained, act=0, behind=(None,) * 7, expanding=None
 ) -> list[Tensor | None]:
-    """Gradients of the weights; that of the input goes to ``dx``."""
+    """Gradients of the weights; that of the input goes to ``dx``, or on through what came before.
+
+    behind : output of the convolutions and what came after them, where dy is the gradient of that
+    expanding : see :meth:`_Expansion.arguments`
+    """
     packed = _Weights(weights)
-    shape = len(x), *x.shape[2:], *dy.shape[2:], x.shape[1]
+    shape = len(x), *x.shape[2:], *dy.shape[2:], sum(map(len, weights))
     dweights = [
         torch.empty(w.shape) if is_trained else None for w, is_trained in zip(weights, trained, strict=True)
     ]
     pointers = (c_void_p * len(weights))(*[None if d is None else d.data_ptr() for d in dweights])
-    given = before, after, gate, dpooled, sums, pointers
-    _call("conv_backward", _is_half(x), act, stride, *packed.arguments, dy, y, x, dx, *shape, *given)
+    given = *shape, dy, *behind, pointers, x, dx, *(expanding or (None,) * 6)
+    _call("conv_backward", _is_half(x), act, stride, *packed.arguments, *given)
     return [None if d is None else d.to(w.dtype) for d, w in zip(dweights, weights, strict=True)]
 
 
@@ -398,109 +428,92 @@ class _Depthwise(Function):
         x, *weights = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         trained = ctx.needs_input_grad[2:]
-        dweights = _convolve_back(_in_pixels(dy), None, x, dx, ctx.stride, weights, trained)
+        dweights = _convolve_back(_in_pixels(dy), x, dx, ctx.stride, weights, trained)
         return dx, None, *dweights
 
 
-# --- the middle of an inverted residual ------------------------------------------------------
+# --- ternary 1x1 convolutions ----------------------------------------------------------------
 
 
-def depthwise_stage(
-    norm1: nn.BatchNorm2d,
-    act1: nn.Module,
-    conv: nn.Module,
-    norm2: nn.BatchNorm2d,
-    act2: nn.Module,
-    se: nn.Module,
-    x: Tensor,
-) -> Tensor:
-    """``se(act2(norm2(conv(act1(norm1(x))))))``: what lies between the two 1x1 convolutions.
+class _GivenTernary(Structure):
+    """As kernels.cpp takes a ternary convolution."""
 
-    In training nothing between x, the convolution's output and the result is written to memory, and
-    nothing else is kept for the backward pass, which computes it again row by row.
+    _fields_ = [(name, c_void_p) for name in ("signs", "scale")] + [
+        (name, c_long) for name in ("groups", "in", "out")
+    ]
 
-    Parameters
-    ----------
-    conv : depthwise, or several over consecutive channel groups
-    se : squeeze-excitation with a method ``excite`` (pooled (B, C, 1, 1) -> gate), or ``nn.Identity``
-    """
-    convs = list(conv.children()) or [conv]
-    stride = convs[0].stride[0]
-    outputs = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    served = (
-        type(act1) is type(act2)
-        and norm1.training
-        and norm2.training
-        and _fits(norm1, act1, x.numel() // x.shape[1])
-        and _fits(norm2, act2, outputs)
-        and _are_depthwise(convs, x.dtype, x.shape[1])
-        and _serves(x, norm1, act1, conv, *convs, norm2, act2, *se.modules())
+
+class _Ternary:
+    """Signs (groups, outputs, inputs) and the scale of each group, for the kernels; keeps them alive."""
+
+    def __init__(self, signs: Tensor, scale: Tensor):
+        groups, outputs, inputs = signs.shape
+        self.signs = signs.float().contiguous()
+        self.scale = scale.float()
+        self._scales = self.scale.repeat_interleave(outputs)
+        pointers = self.signs.data_ptr(), self._scales.data_ptr()
+        self.given = _GivenTernary(*pointers, groups, groups * inputs, groups * outputs)
+
+    @classmethod
+    def folded(cls, kernel: Tensor, groups: int) -> _Ternary:
+        """Of scale * T (outputs, inputs, 1, 1) with one scale a group."""
+        kernel = kernel.detach().unflatten(0, (groups, -1)).flatten(2)
+        return cls(kernel.sign(), kernel.abs().amax((1, 2)))
+
+    def transposed(self) -> _Ternary:
+        return _Ternary(self.signs.transpose(1, 2), self.scale)
+
+    def weights(self) -> Tensor:
+        """scale * T, float32 (groups, outputs, inputs)."""
+        return self.signs * self.scale[:, None, None]
+
+
+def _layers(conv1x1: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(conv1x1.children()) or (conv1x1,)
+
+
+def _is_ternary(conv1x1: nn.Module, channels: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels know a 1x1 convolution of ``channels``, or several over equal groups of them."""
+    convs = _layers(conv1x1)
+    return (
+        all(isinstance(conv, TernaryConv2d) and conv.kernel_size == (1, 1) for conv in convs)
+        and all(conv.weight.dtype == dtype for conv in convs)
+        and len({conv.weight.shape for conv in convs}) == 1
+        and sum(conv.in_channels for conv in convs) == channels
+        and convs[0].out_channels % OUTPUTS == 0
     )
-    if not served:
-        return se(norm_act(norm2, act2, depthwise_conv(conv, norm_act(norm1, act1, x))))
-    excite = None if isinstance(se, nn.Identity) else se.excite
-    weights = [conv.weight for conv in convs]
-    norms = norm1.weight, norm1.bias, norm2.weight, norm2.bias
-    parts = norm1, ACTS[type(act1)], stride, len(weights), norm2, excite
-    return _Stage.apply(x, parts, *norms, *weights, *se.parameters())
 
 
-class _Stage(Function):
-    @staticmethod
-    def forward(ctx, x, parts, weight1, bias1, weight2, bias2, *rest):
-        norm1, act, stride, count, norm2, excite = parts
-        weights = rest[:count]
-        y = _empty_output(x, stride, x.shape[1])
-        moments = torch.empty(2, x.shape[1], dtype=torch.float64)
-        before = _norm(norm1, _moments(x), x.numel() // x.shape[1])
-        _convolve(x, y, stride, weights, act, before, moments=moments)
-        after = _norm(norm2, moments, y.numel() // y.shape[1])
-        gate = None
-        if excite is not None:
-            pooled = torch.empty(x.shape[:2])
-            _call("apply", _is_half(y), act, y, None, None, None, pooled, *_as_pixels(y), after)
-            # A graph of its own: the mean comes from a kernel, and its gradient goes into one.
-            ctx.pooled = pooled.to(x.dtype)[:, :, None, None].requires_grad_()
-            with torch.enable_grad():
-                ctx.gate = excite(ctx.pooled)
-            gate = ctx.gate.detach().float().contiguous()
-        result = torch.empty_like(y)
-        _call("apply", _is_half(y), act, y, None, gate, result, None, *_as_pixels(y), after)
-        ctx.save_for_backward(x, y, before, after, gate, *rest)
-        ctx.act, ctx.stride, ctx.count = act, stride, count
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, y, before, after, gate, *rest = ctx.saved_tensors
-        weights, se_weights = rest[: ctx.count], rest[ctx.count :]
-        trained, se_trained = ctx.needs_input_grad[6 : 6 + ctx.count], ctx.needs_input_grad[6 + ctx.count :]
-        dy, sums, dpooled = _in_pixels(dy), _sums(y), None
-        _call("sums", _is_half(y), ctx.act, dy, y, *_as_pixels(y), after, gate is not None, sums)
-        se_grads: list[Tensor | None] = [None] * len(se_weights)
-        if gate is not None:
-            dgate = sums[:, 0, : y.shape[1], None, None].to(y.dtype)
-            wanted = [i for i, is_trained in enumerate(se_trained) if is_trained]
-            found = torch.autograd.grad(ctx.gate, [ctx.pooled, *(se_weights[i] for i in wanted)], dgate)
-            dpooled = (found[0].float() / (y.shape[2] * y.shape[3])).contiguous()
-            for i, grad in zip(wanted, found[1:], strict=True):
-                se_grads[i] = grad
-        dweight2, dbias2 = _combine(sums, gate, dpooled, y, after)
-        dx, sums = torch.empty_like(x), _sums(x)
-        dweights = _convolve_back(
-            *(dy, y, x, dx, ctx.stride, weights, trained),
-            *(ctx.act, before, after, gate, dpooled, sums),
-        )
-        dweight1, dbias1 = _combine(sums, None, None, x, before)
-        _call("norm_gradient", _is_half(x), 0, dx, x, dx, *_as_pixels(x), before)
-        return dx, None, dweight1, dbias1, dweight2, dbias2, *dweights, *se_grads
+def _excitation(se: nn.Module | None) -> tuple[Tensor, ...]:
+    """Weights and biases of squeeze-excitation."""
+    layers = () if se is None else (se.conv_reduce, se.conv_expand)
+    return tuple(parameter for layer in layers for parameter in (layer.weight, layer.bias))
 
 
-# --- a whole block in eval mode --------------------------------------------------------------
+def _excitation_arguments(excitation: tuple[Tensor, ...]) -> tuple:
+    """As the kernels take them, the second weight transposed, and the number of reduced channels."""
+    if not excitation:
+        return None, 0
+    reduce, reduce_bias, expand, expand_bias = excitation
+    packed = _Weights((reduce, reduce_bias, expand.flatten(1).t(), expand_bias))
+    return packed, len(reduce)
 
 
-def residual_in_eval(
+def _excite_back(pooled: Tensor, excitation: tuple[Tensor, ...], dgate: Tensor) -> list[Tensor]:
+    """Gradients of pooled (B, C), float32, and of weights and biases from that of the gate (B, C)."""
+    given = [pooled, *excitation]
+    with torch.enable_grad():
+        leaves = [tensor.detach().float().requires_grad_() for tensor in given]
+        inner, *layers = [leaves[0], *(leaf.flatten(1) if leaf.ndim == 4 else leaf for leaf in leaves[1:])]
+        gate = torch.sigmoid(F.linear(F.silu(F.linear(inner, *layers[:2])), *layers[2:]))
+    found = torch.autograd.grad(gate, leaves, dgate)
+    return [found[0], *(grad.to(tensor.dtype) for grad, tensor in zip(found[1:], excitation, strict=True))]
+
+
+# --- a whole block ---------------------------------------------------------------------------
+
+
+def residual(
     expand: nn.Module | None,
     norm1: nn.BatchNorm2d | None,
     act1: nn.Module | None,
@@ -515,9 +528,8 @@ def residual_in_eval(
 ) -> Tensor | None:
     """``norm3(project(se(act2(norm2(conv(act1(norm1(expand(x)))))))))``, plus ``x`` where ``has_skip``.
 
-    For ternary 1x1 convolutions. These only add: three inputs have 27 possible sums, which are computed once
-    for all outputs. The kernel goes image by image, so that what lies between x and the result stays in a
-    core's caches.
+    For ternary 1x1 convolutions, which only add: three inputs have 27 possible sums, computed once for all
+    outputs.
 
     Parameters
     ----------
@@ -529,55 +541,223 @@ def residual_in_eval(
 
     Returns
     -------
-    None where the kernel does not apply; the caller then computes it layer by layer.
+    None where the kernels do not apply; the caller then computes it layer by layer.
     """
     convs, se = list(conv.children()) or [conv], None if isinstance(se, nn.Identity) else se
-    channels, norms = norm2.num_features, [norm2, norm3]
-    layers = [conv, norm2, act2, project, norm3]
+    stride, training = convs[0].stride[0], norm3.training
+    outputs = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    norms = [(norm2, act2, outputs), (norm3, None, outputs)]
+    conv1x1s, chain = [(project, norm2.num_features)], [(project, norm3)]
     if expand is not None:
-        norms, layers = [norm1, *norms], [expand, norm1, act1, *layers]
-    if se is not None:
-        layers.append(se)
+        norms.append((norm1, act1, x.numel() // x.shape[1]))
+        conv1x1s.append((expand, x.shape[1]))
+        chain += [(expand, norm1), (expand, norm2)]
+    modules = conv, act2, se, act1, *(norm for norm, _, _ in norms), *(conv1x1 for conv1x1, _ in conv1x1s)
     served = (
-        all(not norm.training and _fits(norm, act2, 0) for norm in norms)
-        and (expand is None or (type(act1) is type(act2) and _is_ternary(expand, x.shape[1])))
-        and _is_ternary(project, channels)
-        and _are_depthwise(convs, x.dtype, channels)
-        and _serves(x, *(module for layer in layers for module in layer.modules()))
+        all(norm.training == training and _fits(norm, act, values) for norm, act, values in norms)
+        and (expand is None or type(act1) is type(act2))
+        and all(_is_ternary(conv1x1, channels, x.dtype) for conv1x1, channels in conv1x1s)
+        and all(sum(layer.out_channels for layer in _layers(c)) == norm.num_features for c, norm in chain)
+        and (not has_skip or (stride == 1 and norm3.num_features == x.shape[1]))
+        # In training gradients go through them the other way round.
+        and (not training or all(channels // len(_layers(c)) % OUTPUTS == 0 for c, channels in conv1x1s))
+        and _are_depthwise(convs, x.dtype, norm2.num_features)
+        and _serves(x, *(layer for module in modules if module is not None for layer in module.modules()))
     )
     if not served:
         return None
+    if not training:
+        return _residual_in_eval(expand, norm1, convs, norm2, act2, se, project, norm3, x, has_skip)
+    kernels = [None if c is None else folded_kernel(_layers(c)) for c in (expand, project)]
+    parts = _Parts(
+        groups=[0 if c is None else len(_layers(c)) for c in (expand, project)],
+        norms=[norm1, norm2, norm3],
+        act=ACTS[type(act2)],
+        stride=stride,
+        convs=len(convs),
+        has_skip=has_skip,
+    )
+    affine = [p for norm in parts.norms for p in (norm and norm.weight, norm and norm.bias)]
+    weights = [layer.weight for layer in convs]
+    return _Residual.apply(x, parts, *kernels, *affine, *weights, *_excitation(se))
+
+
+@dataclass
+class _Parts:
+    """A block in training, but for its parameters."""
+
+    groups: list[int]  # of expand (0 if there is none) and of project
+    norms: list[nn.BatchNorm2d | None]
+    act: int
+    stride: int
+    convs: int  # how many depthwise ones
+    has_skip: bool
+
+
+class _Residual(Function):
+    @staticmethod
+    def forward(ctx, x, parts, expand, project, *rest):
+        weights, excitation = rest[6 : 6 + parts.convs], rest[6 + parts.convs :]
+        _, norm2, norm3 = parts.norms
+        expansion = None if expand is None else _Expansion(expand, parts.groups[0], parts.norms[0], x)
+        expanding, before = (None, None) if expansion is None else (expansion.ternary, expansion.affine)
+        y = _empty_output(x, parts.stride, norm2.num_features)
+        moments = torch.empty(2, norm2.num_features, dtype=torch.float64)
+        _convolve(x, y, parts.stride, weights, parts.act, expanding, before, moments)
+        after = _norm(norm2, moments, y.numel() // y.shape[1])
+        projecting = _Ternary.folded(project, parts.groups[1])
+        z = _empty_output(y, 1, norm3.num_features)
+        moments = torch.empty(2, norm3.num_features, dtype=torch.float64)
+        pooled, gate = torch.empty(2, *y.shape[:2]).unbind() if excitation else (None, None)
+        _call(
+            *("project", _is_half(y), parts.act, y, z, *_as_pixels(y)[:2], projecting, after),
+            *(*_excitation_arguments(excitation), pooled, gate, moments),
+        )
+        last = _norm(norm3, moments, z.numel() // z.shape[1])
+        result, skip = torch.empty_like(z), x if parts.has_skip else None
+        _call("apply", _is_half(z), 0, z, skip, result, *_as_pixels(z), last)
+        ctx.save_for_backward(x, y, z, after, last, pooled, gate, *weights, *excitation)
+        ctx.parts, ctx.expansion, ctx.projecting = parts, expansion, projecting
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, y, z, after, last, pooled, gate, *rest = ctx.saved_tensors
+        parts, needed = ctx.parts, ctx.needs_input_grad
+        weights, excitation = rest[: parts.convs], rest[parts.convs :]
+        dy, last_sums = _in_pixels(dy), _sums(z)
+        _call("sums", _is_half(z), 0, dy, z, *_as_pixels(z), last, last_sums)
+        dweight3, dbias3 = _combine(last_sums, None, None, z.shape, last)
+        back, sums, dpooled = ctx.projecting.transposed(), _sums(y), None
+        dproject = torch.empty_like(ctx.projecting.signs) if needed[3] else None
+        _call(
+            *("project_backward", _is_half(y), parts.act, dy, z, y, *_as_pixels(y)[:2], back, last, after),
+            *(gate, sums, dproject),
+        )
+        dexcitation = []
+        if gate is not None:
+            dpooled, *dexcitation = _excite_back(pooled, excitation, sums[:, 0, : y.shape[1]])
+            dpooled = (dpooled / (y.shape[2] * y.shape[3])).contiguous()
+        dweight2, dbias2 = _combine(sums, gate, dpooled, y.shape, after)
+        dx = expanding = dexpand = dweight1 = dbias1 = None
+        if ctx.expansion is None:
+            dx = torch.empty_like(x)  # else it comes from the expansion
+        else:
+            expanding = ctx.expansion.arguments(x, needed[2])
+        trained = needed[10 : 10 + parts.convs]
+        behind = z, y, back, last, after, gate, dpooled
+        dweights = _convolve_back(dy, x, dx, parts.stride, weights, trained, parts.act, behind, expanding)
+        skip = dy if parts.has_skip else None
+        if ctx.expansion is not None:
+            dx, dexpand, dweight1, dbias1 = ctx.expansion.gradients(x, expanding, skip)
+        elif skip is not None:
+            dx += skip
+        if dproject is not None:
+            dproject = dproject.view(-1, dproject.shape[2], 1, 1).to(x.dtype)
+        affine = dweight1, dbias1, dweight2, dbias2, dweight3, dbias3
+        return dx, None, dexpand, dproject, *affine, *dweights, *dexcitation
+
+
+def _products(u: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Sums over pixels: products (groups, inputs, inputs) and of u (groups, inputs) less the first pixel."""
+    inputs = u.shape[1] // groups
+    products = torch.empty(groups, inputs, inputs, dtype=torch.float64)
+    sums = torch.empty(groups, inputs, dtype=torch.float64)
+    _call("products", _is_half(u), u, *_as_pixels(u)[:2], groups, inputs, products, sums)
+    return products.triu() + products.triu(1).transpose(1, 2), sums  # the kernel leaves one half out
+
+
+def _double_products(u: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """As :func:`_products`, in FP64 throughout."""
+    pixels = u.permute(0, 2, 3, 1).flatten(0, 2).double().unflatten(1, (groups, -1)).transpose(0, 1)
+    pixels = pixels - pixels[:, :1]
+    return pixels.transpose(1, 2) @ pixels, pixels.sum(1)
+
+
+class _Expansion:
+    """A block's first 1x1 convolution E and the norm behind it: both are linear in the block's input u.
+
+    The moments of Eu are those of u, which has few channels, seen through E (and so, for halves, those before
+    Eu is rounded). With g the gradient of the norm's output, that of Eu is scale * g + slope * (Eu - mean) +
+    constant; slope and constant are known after the whole batch. The kernel gives E^T(scale * g) and the sum
+    of u (scale * g)^T. The rest is linear in u.
+    """
+
+    def __init__(self, kernel: Tensor, groups: int, norm: nn.BatchNorm2d, u: Tensor):
+        self.ternary = _Ternary.folded(kernel, groups)
+        groups, _, inputs = self.ternary.signs.shape
+        values = u.numel() // u.shape[1]
+        weights = self.ternary.weights().double()
+        products, sums = _products(u, groups)
+        largest = (weights.square() * products.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
+        covariances = weights @ (
+            products - sums[:, :, None] * sums[:, None] / values
+        )  # of Eu and u, times values
+        squares = (covariances * weights).sum(2)
+        if (squares < CANCELLED * largest).any():  # differences of nearly equal channels, or a far pivot
+            products, sums = _double_products(u, groups)
+            covariances = weights @ (products - sums[:, :, None] * sums[:, None] / values)
+            squares = (covariances * weights).sum(2)
+        self.mean = u[0, :, 0, 0].view(groups, inputs) + sums / values
+        moments = torch.stack([(weights @ self.mean[:, :, None]).flatten(), squares.clamp(min=0).flatten()])
+        self.covariances = covariances.float()
+        self.affine = _norm(norm, moments, values)
+
+    def arguments(self, u: Tensor, is_trained: bool) -> tuple:
+        """As the kernel takes them: E, its transposed, norm; and gives them: parts of gradients, sums."""
+        groups, outputs, inputs = self.ternary.signs.shape
+        du = torch.empty(len(u), *u.shape[2:], u.shape[1])
+        sums = torch.zeros(len(u), SUMS, self.affine.shape[1])
+        outer = torch.empty(groups, inputs, outputs) if is_trained else None
+        return self.ternary, self.ternary.transposed(), self.affine, du, sums, outer
+
+    def gradients(
+        self, u: Tensor, arguments: tuple, skip: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Of u (plus ``skip``), of E (outputs, inputs, 1, 1), and of the norm's weight and bias."""
+        *_, du, sums, outer = arguments
+        groups, outputs, inputs = self.ternary.signs.shape
+        shape = len(u), groups * outputs, *u.shape[2:]
+        dweight, dbias = _combine(sums, None, None, shape, self.affine)
+        _, _, mean, _, slope, constant = (
+            row[: groups * outputs].view(groups, outputs, 1) for row in self.affine
+        )
+        weights = self.ternary.weights()
+        transposed = weights.transpose(1, 2)
+        through_mean, offset = transposed @ (slope * weights), transposed @ (constant - slope * mean)
+        dx = torch.empty_like(u)
+        _call(
+            *("complete", _is_half(u), u, du, skip, dx, du.numel() // du.shape[3], groups, inputs),
+            *(through_mean.contiguous(), offset.flatten()),
+        )
+        dexpand = None
+        if outer is not None:
+            totals = self.mean[:, None].float() * (u.numel() // u.shape[1])
+            dexpand = torch.baddbmm(outer.transpose(1, 2), constant, totals)
+            dexpand = dexpand.addcmul_(slope, self.covariances).reshape(-1, inputs, 1, 1).to(u.dtype)
+        return dx, dexpand, dweight, dbias
+
+
+# --- a whole block in eval mode --------------------------------------------------------------
+
+
+def _residual_in_eval(expand, norm1, convs, norm2, act2, se, project, norm3, x, has_skip) -> Tensor:
     stride = convs[0].stride[0]
     y = _empty_output(x, stride, norm3.num_features)
     packed = _Weights([conv.weight for conv in convs])
-    excitation, reduced = None, 0
-    if se is not None:
-        reduced, transposed = se.conv_reduce.out_channels, se.conv_expand.weight.flatten(1).t()
-        weights = se.conv_reduce.weight, se.conv_reduce.bias, transposed, se.conv_expand.bias
-        excitation = _Weights(weights)
+    expanding, before = (None, None) if expand is None else (_in_eval(expand, x.dtype), _norm(norm1, None, 0))
     _call(
         *("residual", _is_half(x), ACTS[type(act2)], stride, *packed.arguments, x, y),
-        *(len(x), *x.shape[2:], *y.shape[2:], x.shape[1], channels, y.shape[1]),
-        *((None, None, 0, None) if expand is None else (*_signs(expand, x.dtype), _norm(norm1, None, 0))),
-        *(_norm(norm2, None, 0), excitation and excitation.arguments[-1], reduced),
-        *(*_signs(project, x.dtype), _norm(norm3, None, 0), has_skip),
+        *(len(x), *x.shape[2:], *y.shape[2:], norm2.num_features, expanding, before, _norm(norm2, None, 0)),
+        *_excitation_arguments(_excitation(se)),
+        *(_in_eval(project, x.dtype), _norm(norm3, None, 0), has_skip),
     )
     return y
 
 
-def _is_ternary(conv1x1: nn.Module, channels: int) -> bool:
-    """Whether the kernels know a 1x1 convolution of ``channels``, or several over equal groups of them."""
-    convs = list(conv1x1.children()) or [conv1x1]
-    return (
-        all(isinstance(conv, TernaryConv2d) and conv.kernel_size == (1, 1) for conv in convs)
-        and len({conv.weight.shape for conv in convs}) == 1
-        and sum(conv.in_channels for conv in convs) == channels
-        and convs[0].out_channels % OUTPUTS == 0
-    )
-
-
-def _signs(conv1x1: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Signs and scales of all outputs as the kernels take them, and the number of groups."""
-    signs = [conv.signs() for conv in list(conv1x1.children()) or [conv1x1]]
-    scale = torch.cat([ternary_scale(s).expand(len(s)) for s in signs]).to(dtype)
-    return torch.cat(signs).float(), scale.float(), len(signs)
+def _in_eval(conv1x1: nn.Module, dtype: torch.dtype) -> _Ternary:
+    """With the scale as eval mode has it, a factor of the output."""
+    signs = [conv.signs() for conv in _layers(conv1x1)]
+    scale = torch.stack([ternary_scale(s) for s in signs]).to(dtype)
+    return _Ternary(torch.stack(signs).flatten(2), scale)

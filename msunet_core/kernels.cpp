@@ -1,15 +1,16 @@
-// CPU kernels for what bounds a training step: batch norm, activation, depthwise convolution, squeeze-excitation;
-// and for a whole inverted residual in eval mode, with its ternary 1x1 convolutions.
+// CPU kernels for what bounds a training step: inverted residuals with ternary 1x1 convolutions, forward and backward;
+// and batch norm, activation and depthwise convolution by themselves.
 //
 // All tensors are images in channels-last memory, so the channels of a pixel are consecutive and every kernel
 // works on a vector of them; float or half storage, float arithmetic. Plain functions on raw pointers:
 // nothing of PyTorch is included, fast.py compiles this in seconds and calls it by ctypes.
 //
-// Sums over the batch are taken in float inside an image and in double over the images, whichever thread an
-// image falls to: any number of threads gives the same bits.
+// Sums over the batch are taken in float inside an image, or of some (Chunks) for gradients of weights and products,
+// and in double over these, whichever thread they fall to: any number of threads gives the same bits.
 //
 // What batch norm needs to know of a whole batch forces passes over memory; everything between two such barriers
-// is done in one pass, row by row, in buffers that stay in a core's cache.
+// is done in one pass, row by row, in buffers that stay in a core's cache. Of the many channels inside a block only
+// the depthwise output is stored; what else the backward pass needs it makes again.
 
 #include <immintrin.h>
 
@@ -17,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -37,7 +39,6 @@ typedef __m128i halves;
 typedef __m256i mask;
 #endif
 constexpr long WIDTH = 16;  // buffers are padded to so many channels, whatever a vector holds
-constexpr long RING = 8;    // rows kept of an image, a power of 2: at least the largest kernel's
 constexpr int TILE = 8;     // output pixels kept in registers
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -108,6 +109,10 @@ template <class Body> inline void over_channels(long channels, Body body) {
 #ifdef __AVX512F__
 inline vec at_least(vec x, float bound) { return (vec)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x); }
 inline vec at_most(vec x, float bound) { return (vec)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x); }
+// p * 2^k, of shifted = k + magic.
+inline vec scaled(vec p, vec shifted, float magic) {
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)(shifted - magic));
+}
 inline vec inverse(vec x) {  // 14 bits, doubled by one of Newton's steps: a division takes as long as the rest
   const vec r = (vec)_mm512_rcp14_ps((__m512)x);
   return r + r * (1.0f - x * r);
@@ -115,22 +120,27 @@ inline vec inverse(vec x) {  // 14 bits, doubled by one of Newton's steps: a div
 #else
 inline vec at_least(vec x, float bound) { return (vec)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x); }
 inline vec at_most(vec x, float bound) { return (vec)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x); }
+inline vec scaled(vec p, vec shifted, float) {
+  return p * (vec)(((ivec)shifted << 23) + 0x3f800000);  // the bits of magic are shifted out
+}
 inline vec inverse(vec x) { return 1.0f / x; }
 #endif
 
-// exp to about 1 unit in the last place: 2^k times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN.
+// exp to about 1 unit in the last place: 2^k times a polynomial for 2^f, k whole and f in [-1/2, 1/2], minimax with
+// a relative error of 2e-9. NaN stays NaN.
 inline vec exponential(vec x) {
   x = at_most(at_least(x, -87.0f), 87.0f);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const vec shifted = x * 1.44269504f + magic;
-  const vec k = shifted - magic;
-  const vec r = x - k * 0.693359375f + k * 2.12194440e-4f;
-  vec p = r * (1.0f / 720) + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
-  return p * (vec)(((ivec)shifted << 23) + 0x3f800000);  // the bits of magic are shifted out
+  const float log2e = 1.44269504f;
+  const vec shifted = x * log2e + magic;
+  const vec f = x * log2e - (shifted - magic);
+  vec p = f * 1.53458107e-4f + 1.33999315e-3f;
+  p = p * f + 9.61848896e-3f;
+  p = p * f + 5.55032878e-2f;
+  p = p * f + 2.40226469e-1f;
+  p = p * f + 6.93147206e-1f;
+  p = p * f + 1.0f;
+  return scaled(p, shifted, magic);
 }
 inline vec sigmoid(vec z) { return inverse(1.0f + exponential(-z)); }
 
@@ -215,11 +225,11 @@ void moments(const T* x, long count, long pixels, long channels, double* mean, d
   combine_moments(sums.data(), count, pixels, channels, mean, squares);
 }
 
-// y = act(z) (* gate) (+ skip) over consecutive pixels, each rounded as if it had been stored as T; y may be null.
-// Adds act(z) to pooled, unless null.
+// y = act(z) (+ skip) over consecutive pixels, each rounded as if it had been stored as T. Adds act(z) to pooled,
+// unless null.
 template <class T, class Act, class X, class Y>
 void apply(const X* x, long x_stride, const Y* skip, Y* y, long y_stride, long pixels, long channels, Affine norm,
-           const float* gate, float* pooled) {
+           float* pooled) {
   constexpr const T* as = nullptr;
   for (long i = 0; i < pixels; i++)
     over_channels(channels, [&](auto full, long c, long n) {
@@ -227,9 +237,17 @@ void apply(const X* x, long x_stride, const Y* skip, Y* y, long y_stride, long p
       if (!std::is_same_v<X, T>) value = rounded(value, as);
       vec a = rounded(Act::value(rounded(norm.z(value, c), as)), as);
       if (pooled) store(pooled + c, load(pooled + c) + a);
-      if (gate) a = rounded(a * load<full>(gate + c, n), as);
       if (skip) a += load<full>(skip + i * y_stride + c, n);
-      if (y) store<full>(y + i * y_stride + c, a, n);
+      store<full>(y + i * y_stride + c, a, n);
+    });
+}
+
+// Pixels from one storage to another.
+template <class X, class Y>
+void copy_pixels(const X* x, long x_stride, Y* y, long y_stride, long pixels, long channels) {
+  for (long i = 0; i < pixels; i++)
+    over_channels(channels, [&](auto full, long c, long n) {
+      store<full>(y + i * y_stride + c, load<full>(x + i * x_stride + c, n), n);
     });
 }
 
@@ -250,47 +268,56 @@ template <class T, class Act> struct Gradient {
 };
 
 // Over consecutive pixels; out may be dy.
-template <class T, class Act, class Y>
-void norm_gradient(const T* dy, const T* x, Y* out, long out_stride, long pixels, long channels,
+template <class T, class Act, class D, class Y>
+void norm_gradient(const D* dy, long dy_stride, const T* x, Y* out, long out_stride, long pixels, long channels,
                    Gradient<T, Act> gradient) {
   for (long i = 0; i < pixels; i++)
     over_channels(channels, [&](auto full, long c, long n) {
-      const vec out_grad = load<full>(dy + i * channels + c, n), value = load<full>(x + i * channels + c, n);
+      const vec out_grad = load<full>(dy + i * dy_stride + c, n), value = load<full>(x + i * channels + c, n);
       store<full>(out + i * out_stride + c, gradient.template dx<full>(out_grad, value, c, n), n);
     });
 }
 
-// The sums of one image, (SUMS, width).
-template <class T, class Act>
-void add_sums(const T* dy, const T* x, long pixels, long channels, Affine norm, bool is_gated, float* sums) {
+// Adds the sums of consecutive pixels to those of an image, (SUMS, width); without a gate only DY_GRAD and DY_GRAD_X.
+// With y, laid out as dy: act(z) (* gate).
+template <class T, class Act, class D>
+void add_sums(const D* dy, long dy_stride, const T* x, long pixels, long channels, Affine norm, const float* gate,
+              float* sums, D* y = nullptr) {
+  constexpr const T* as = nullptr;
   const long width = padded(channels);
   for (long i = 0; i < pixels; i += 4) {
-    const T *p = x + i * channels, *g = dy + i * channels;
+    const T* p = x + i * channels;
+    const D* g = dy + i * dy_stride;
     const long more = std::min(4L, pixels - i);
     over_channels(channels, [&](auto full, long c, long n) {
       const vec mean = norm.at(Affine::MEAN, c);
       vec sum[SUMS];
       for (int k = 0; k < SUMS; k++) sum[k] = load(sums + k * width + c);
       for (long j = 0; j < more; j++) {
-        const vec value = load<full>(p + j * channels + c, n), out = load<full>(g + j * channels + c, n);
-        const vec z = rounded(norm.z(value, c), x);
-        if (is_gated) {
+        const vec value = load<full>(p + j * channels + c, n), out = load<full>(g + j * dy_stride + c, n);
+        const vec z = rounded(norm.z(value, c), as);
+        vec a{};
+        if (gate || y) a = rounded(Act::value(z), as);
+        if (gate) {
           const vec slope = Act::grad(z, vec{} + 1.0f);
-          sum[DY_A] += out * rounded(Act::value(z), x);
+          sum[DY_A] += out * a;
           sum[DY_GRAD] += out * slope;
           sum[DY_GRAD_X] += out * slope * (value - mean);
           sum[GRAD] += slope;
           sum[GRAD_X] += slope * (value - mean);
         } else {
-          const vec dz = rounded(Act::grad(z, out), x);
+          const vec dz = rounded(Act::grad(z, out), as);
           sum[DY_GRAD] += dz;
           sum[DY_GRAD_X] += dz * (value - mean);
         }
+        if (y && gate) a = rounded(a * load<full>(gate + c, n), as);
+        if (y) store<full>(y + (i + j) * dy_stride + c, a, n);
       }
       for (int k = 0; k < SUMS; k++) store(sums + k * width + c, sum[k]);
     });
   }
 }
+
 
 // --- depthwise convolution, from a ring of rows --------------------------------------------------
 
@@ -447,14 +474,18 @@ struct Convs {
   }
 };
 
-struct Shape { long count, height, width, channels, out_height, out_width; };
+struct Shape {
+  long count, height, width, channels, out_height, out_width;
+  long pixels() const { return height * width; }
+  long out_pixels() const { return out_height * out_width; }
+};
 
 // Of the thread: a ring of rows. Its pixels are set apart by one vector more than they need, because powers of 2
 // of bytes between them would put all into the same few places of the cache.
-Rows ring(Buffer& memory, long height, long width, long channels, long kept = RING) {
-  const long stride = padded(channels) + WIDTH;
-  memory.resize(kept * width * stride);
-  return {memory.data(), height, width, stride, kept};
+inline long apart(long channels) { return padded(channels) + WIDTH; }
+Rows ring(Buffer& memory, long height, long width, long channels, long kept) {
+  memory.resize(kept * width * apart(channels));
+  return {memory.data(), height, width, apart(channels), kept};
 }
 
 // As many floats for each channel as an Affine has, of the norm that changes nothing.
@@ -462,124 +493,6 @@ Buffer identity_of(long width) {
   Buffer data(Affine::COUNT * width);
   std::fill(data.begin(), data.begin() + width, 1.0f);
   return data;
-}
-
-// y = conv(act(norm(x))) with the norm `before`, where it is there. With sums (count, 3, width): the moments of y.
-template <class T, class Act>
-void conv_forward(const T* x, T* y, Shape s, const Convs& convs, Affine before, float* sums, int threads) {
-  const long width = padded(s.channels);
-  auto same = identity_of(width);
-  if (!before.data) before = {same.data(), width};
-#pragma omp parallel num_threads(threads)
-  {
-    Buffer memory;
-    const Rows in = ring(memory, s.height, s.width, s.channels);
-    Buffer tile(TILE * in.stride);
-#pragma omp for schedule(static)
-    for (long n = 0; n < s.count; n++) {
-      for (long oy = 0, filled = 0; oy < s.out_height; oy++) {
-        for (; filled < std::min(s.height, oy * convs.stride + convs.pad + 1); filled++)
-          apply<T, Act>(x + (n * s.height + filled) * s.width * s.channels, s.channels, (const float*)nullptr,
-                        in.row(filled), in.stride, s.width, s.channels, before, nullptr, nullptr);
-        T* out = y + (n * s.out_height + oy) * s.out_width * s.channels;
-        for (long ox = 0; ox < s.out_width; ox += TILE) {
-          for (const Group& g : convs.groups)
-            with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
-              conv_tile<k, stride>(in, tile.data(), g.weight.data(), g.first, g.channels, oy, ox);
-            });
-          apply<T, Identity>((const float*)tile.data(), in.stride, (const T*)nullptr, out + ox * s.channels,
-                             s.channels, std::min<long>(TILE, s.out_width - ox), s.channels, {same.data(), width},
-                             nullptr, nullptr);
-        }
-        if (sums) add_moments(out, s.out_width, s.channels, sums + n * 3 * width, oy == 0);
-      }
-    }
-  }
-}
-
-// From dy, the gradient of what `after` made of y (or of y itself), back through the convolutions and the activation
-// before them: dx gets the gradient before that activation, whose sums over an image go to sums (count, SUMS, width).
-// dx and each dweights[g] may be null.
-template <class T, class Act>
-void conv_backward(const T* dy, const T* y, const T* x, T* dx, Shape s, const Convs& convs, Affine before, Affine after,
-                   const float* gate, const float* dpooled, float* sums, float* const* dweights, int threads) {
-  const long width = padded(s.channels);
-  const bool is_normed = before.data;
-  auto same = identity_of(width);
-  if (!is_normed) before = {same.data(), width};
-  Buffer all_dweights(s.count * convs.sizes);
-#pragma omp parallel num_threads(threads)
-  {
-    Buffer memory, grad_memory;
-    const Rows in = ring(memory, s.height, s.width, s.channels);
-    const Rows grads = ring(grad_memory, s.out_height, s.out_width, s.channels);
-    Buffer tile(TILE * in.stride);
-#pragma omp for schedule(static)
-    for (long n = 0; n < s.count; n++) {
-      const Gradient<T, Act> gradient{after, gate ? gate + n * s.channels : nullptr,
-                                      gate ? dpooled + n * s.channels : nullptr};
-      long filled = 0, grads_filled = 0;
-      for (long iy = 0; iy < s.height; iy++) {
-        const long at = (n * s.height + iy) * s.width * s.channels;
-        for (; filled < std::min(s.height, iy + convs.pad + 1); filled++)
-          apply<T, Act>(x + (n * s.height + filled) * s.width * s.channels, s.channels, (const float*)nullptr,
-                        in.row(filled), in.stride, s.width, s.channels, before, nullptr, nullptr);
-        for (; grads_filled < std::min(s.out_height, (iy + convs.pad) / convs.stride + 1); grads_filled++) {
-          const long out_at = (n * s.out_height + grads_filled) * s.out_width * s.channels;
-          float* row = grads.row(grads_filled);
-          if (after.data)
-            norm_gradient(dy + out_at, y + out_at, row, grads.stride, s.out_width, s.channels, gradient);
-          else
-            apply<T, Identity>(dy + out_at, s.channels, (const float*)nullptr, row, grads.stride, s.out_width,
-                               s.channels, {same.data(), width}, nullptr, nullptr);
-        }
-        float* dweight = &all_dweights[n * convs.sizes];
-        for (size_t i = 0; i < convs.groups.size(); dweight += convs.groups[i++].size())
-          if (dweights[i] && iy % convs.stride == 0)
-            with_kernel(convs.groups[i].kernel, convs.stride, [&](auto k, auto stride) {
-              weight_row<k, stride>(grads, in, dweight, convs.groups[i].first, convs.groups[i].channels, iy / stride);
-            });
-        float* sum = sums ? sums + n * SUMS * width : nullptr;
-        const Gradient<T, Act> inner{before, nullptr, nullptr};
-        for (long ix = 0; dx && ix < s.width; ix += TILE) {
-          for (const Group& g : convs.groups)
-            with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
-              if constexpr (stride == 1)
-                conv_tile<k, 1>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
-              else
-                grad_tile<k>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
-            });
-          const long offset = at + ix * s.channels, pixels = std::min<long>(TILE, s.width - ix);
-          over_channels(s.channels, [&](auto full, long c, long lanes) {
-            constexpr bool FULL = decltype(full)::value;
-            vec total{}, product{};
-            for (long i = 0; i < pixels; i++) {
-              const vec value = load<FULL>(x + offset + i * s.channels + c, lanes);
-              const vec da = rounded(load(tile.data() + i * in.stride + c), x);
-              const vec dz = inner.template dz<FULL>(da, value, c, lanes);
-              store<FULL>(dx + offset + i * s.channels + c, dz, lanes);
-              total += dz;
-              product += dz * (value - before.at(Affine::MEAN, c));
-            }
-            if (!sum) return;
-            float *totals = sum + DY_GRAD * width + c, *products = sum + DY_GRAD_X * width + c;
-            store(totals, load(totals) + total);
-            store(products, load(products) + product);
-          });
-        }
-      }
-    }
-  }
-  std::vector<double> totals(convs.sizes);
-  for (long n = 0; n < s.count; n++)
-    for (long i = 0; i < convs.sizes; i++) totals[i] += all_dweights[n * convs.sizes + i];
-  const double* total = totals.data();
-  for (size_t i = 0; i < convs.groups.size(); total += convs.groups[i++].size()) {
-    const long taps = convs.groups[i].kernel * convs.groups[i].kernel, channels = convs.groups[i].channels;
-    if (dweights[i])
-      for (long c = 0; c < channels; c++)
-        for (long k = 0; k < taps; k++) dweights[i][c * taps + k] = float(total[k * padded(channels) + c]);
-  }
 }
 
 // --- ternary 1x1 convolution -----------------------------------------------------------------
@@ -591,26 +504,36 @@ constexpr long BLOCK = 2 * LANES;      // pixels
 constexpr long OUTPUTS = 4;            // at a time: 8 vectors, enough to hide the latency of an addition
 constexpr long TRIPLES = 128 / LANES;  // at a time: their sums take 27 KB of the first cache
 
+// As fast.py gives it: signs (out, in / groups), scale (out); `in` and `out` of all groups together.
+struct GivenTernary {
+  const float *signs, *scale;
+  long groups, in, out;
+};
+
 struct Ternary {
   long groups, in, out;           // channels of each group
   const float* scale;             // (groups * out)
   std::vector<long> chunks;       // triples before each chunk, and all
   std::vector<uint16_t> offsets;  // bytes into the sums: (group, chunk, out / OUTPUTS, triple, OUTPUTS)
-  // signs: (groups * out, in); out is a multiple of OUTPUTS
-  Ternary(const float* signs, const float* scale, long groups, long all_in, long all_out)
-      : groups(groups), in(all_in / groups), out(all_out / groups), scale(scale) {
+  Ternary(const GivenTernary& given, int threads)
+      : groups(given.groups), in(given.in / groups), out(given.out / groups), scale(given.scale) {
     const long triples = (in + 2) / 3, count = (triples + TRIPLES - 1) / TRIPLES;
     for (long k = 0; k <= count; k++) chunks.push_back(triples * k / count);
-    offsets.reserve(groups * out * triples);
-    for (long g = 0; g < groups; g++, signs += out * in)
-      for (long k = 0; k < count; k++)
-        for (long o = 0; o < out; o += OUTPUTS)
-          for (long t = chunks[k]; t < chunks[k + 1]; t++)
-            for (long j = o; j < o + OUTPUTS; j++) {
-              long which = 0;
-              for (long c = 3 * t; c < 3 * t + 3; c++) which = 3 * which + 1 + (c < in ? long(signs[j * in + c]) : 0);
-              offsets.push_back(uint16_t(((t - chunks[k]) * 27 + which) * BLOCK * sizeof(float)));
-            }
+    offsets.resize(groups * out * triples);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long o = 0; o < groups * out; o += OUTPUTS)
+      for (long k = 0; k < count; k++) {
+        const long some = chunks[k + 1] - chunks[k], group = o / out;
+        uint16_t* to = &offsets[(group * triples + chunks[k]) * out + o % out * some];
+        for (long t = chunks[k]; t < chunks[k + 1]; t++)
+          for (long j = o; j < o + OUTPUTS; j++) {
+            const float* of = given.signs + j * in + 3 * t;
+            float which = 13 + 9 * of[0];
+            if (3 * t + 1 < in) which += 3 * of[1];
+            if (3 * t + 2 < in) which += of[2];
+            *to++ = uint16_t(((t - chunks[k]) * 27 + long(which)) * BLOCK * sizeof(float));
+          }
+      }
   }
   long all_in() const { return groups * in; }
   long all_out() const { return groups * out; }
@@ -666,61 +589,473 @@ void multiply(const Ternary& conv, const float* in, float* out, float* sums) {
     }
 }
 
-// act(norm(scale * .)) of planes, each step rounded as if it had been stored as T.
-template <class T, class Act> void finish(float* planes, const float* scale, Affine norm, long channels) {
+// act(norm(scale * .)) of planes, each step rounded as if it had been stored as T; the scale either folded into the
+// weights or a step of its own.
+template <class T, class Act, bool FOLDED> void finish(float* planes, const float* scale, Affine norm, long channels) {
   constexpr const T* as = nullptr;
   for (long c = 0; c < channels; c++)
     for (float* p = planes + c * BLOCK; p < planes + (c + 1) * BLOCK; p += LANES) {
-      const vec value = rounded(rounded(load(p), as) * scale[c], as);
+      const vec sum = FOLDED ? load(p) : rounded(load(p), as);
+      const vec value = rounded(sum * scale[c], as);
       const vec z = rounded(value * norm(Affine::SCALE, c) + norm(Affine::SHIFT, c), as);
       store(p, rounded(Act::value(z), as));
     }
 }
 
-inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-inline __m256 load8(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-// to[j * to_stride + i] = from[i * from_stride + j], 8 by 8
-template <class X> inline void transpose8(const X* from, long from_stride, float* to, long to_stride) {
-  __m256 r[8], q[8];
-  for (int i = 0; i < 8; i++) r[i] = load8(from + i * from_stride);
-  for (int i = 0; i < 8; i += 2) {
-    q[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    q[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int k = 0; k < 2; k++) {
-      r[i + 2 * k] = _mm256_shuffle_ps(q[i + k], q[i + 2 + k], 0x44);
-      r[i + 2 * k + 1] = _mm256_shuffle_ps(q[i + k], q[i + 2 + k], 0xee);
-    }
-  for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+// What a transposition is made of: 4 columns of every fourth row, then two steps inside each 4 by 4.
+inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load4(const half* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+#ifdef __AVX512F__
+template <class X> inline vec every_fourth(const X* p, long stride) {
+  __m512 v = _mm512_castps128_ps512(load4(p));
+  v = _mm512_insertf32x4(v, load4(p + 4 * stride), 1);
+  v = _mm512_insertf32x4(v, load4(p + 8 * stride), 2);
+  return (vec)_mm512_insertf32x4(v, load4(p + 12 * stride), 3);
+}
+inline vec low_pairs(vec a, vec b) { return (vec)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
+inline vec high_pairs(vec a, vec b) { return (vec)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
+inline vec low_halves(vec a, vec b) { return (vec)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x44); }
+inline vec high_halves(vec a, vec b) { return (vec)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xee); }
+#else
+template <class X> inline vec every_fourth(const X* p, long stride) {
+  return (vec)_mm256_insertf128_ps(_mm256_castps128_ps256(load4(p)), load4(p + 4 * stride), 1);
+}
+inline vec low_pairs(vec a, vec b) { return (vec)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
+inline vec high_pairs(vec a, vec b) { return (vec)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
+inline vec low_halves(vec a, vec b) { return (vec)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x44); }
+inline vec high_halves(vec a, vec b) { return (vec)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xee); }
+#endif
+// to(j)[i] = from[i * stride + j], LANES by LANES
+template <class X, class To> inline void transpose(const X* from, long stride, To to) {
+#pragma GCC unroll 4
+  for (int j = 0; j < LANES; j += 4) {
+    vec r[4];
+    for (int i = 0; i < 4; i++) r[i] = every_fourth(from + i * stride + j, stride);
+    const vec a = low_pairs(r[0], r[1]), b = low_pairs(r[2], r[3]);
+    const vec c = high_pairs(r[0], r[1]), d = high_pairs(r[2], r[3]);
+    store(to(j), low_halves(a, b));
+    store(to(j + 1), high_halves(a, b));
+    store(to(j + 2), low_halves(c, d));
+    store(to(j + 3), high_halves(c, d));
   }
 }
 // Channels of consecutive pixels to planes.
 template <class X> void to_planes(const X* from, long stride, long pixels, long channels, float* planes) {
-  for (long c = 0; c < channels; c += 8)
-    for (long p = 0; p < pixels; p += 8)
-      if (p + 8 <= pixels && c + 8 <= channels)
-        transpose8(from + p * stride + c, stride, planes + c * BLOCK + p, BLOCK);
+  for (long c = 0; c < channels; c += LANES)
+    for (long p = 0; p < pixels; p += LANES)
+      if (p + LANES <= pixels && c + LANES <= channels)
+        transpose(from + p * stride + c, stride, [&](int j) { return planes + (c + j) * BLOCK + p; });
       else
-        for (long i = p; i < std::min(p + 8, pixels); i++)
-          for (long j = c; j < std::min(c + 8, channels); j++)
+        for (long i = p; i < std::min(p + LANES, pixels); i++)
+          for (long j = c; j < std::min(c + LANES, channels); j++)
             planes[j * BLOCK + i] = load<false>(from + i * stride + j, 1)[0];
 }
-// And back: to[p] are 8 pixels from pixel 8 p on.
-inline void from_planes(const float* planes, long pixels, long channels, float* const* to, long stride) {
-  for (long c = 0; c < channels; c += 8)
-    for (long p = 0; p < pixels; p += 8)
-      if (p + 8 <= pixels && c + 8 <= channels)
-        transpose8(planes + c * BLOCK + p, BLOCK, to[p / 8] + c, stride);
+// And back: eights[p] are 8 pixels from pixel 8 p on.
+inline void from_planes(const float* planes, long pixels, long channels, float* const* eights, long stride) {
+  for (long c = 0; c < channels; c += LANES)
+    for (long p = 0; p < pixels; p += LANES) {
+      const auto at = [&](long i) { return eights[(p + i) / 8] + (p + i) % 8 * stride + c; };
+      if (p + LANES <= pixels && c + LANES <= channels)
+        transpose(planes + c * BLOCK + p, BLOCK, at);
       else
-        for (long i = p; i < std::min(p + 8, pixels); i++)
-          for (long j = c; j < std::min(c + 8, channels); j++)
-            to[p / 8][(i - p) * stride + j] = planes[j * BLOCK + i];
+        for (long i = 0; i < std::min(LANES, pixels - p); i++)
+          for (long j = 0; j < std::min(LANES, channels - c); j++) at(i)[j] = planes[(c + j) * BLOCK + p + i];
+    }
 }
 
-// --- an inverted residual in eval mode -------------------------------------------------------
+// Channels of some pixels before and after a ternary convolution. Of the thread.
+struct Planes {
+  Buffer in, out, sums;
+  explicit Planes(long largest) : in((largest + 2) * BLOCK), out(largest * BLOCK), sums(TRIPLES * 27 * BLOCK) {}
+};
+
+// All outputs, without the scale, of consecutive pixels, at most BLOCK of them.
+template <class X> void convolve(const Ternary& conv, const X* x, long stride, long pixels, Planes& planes) {
+  to_planes(x, stride, pixels, conv.all_in(), planes.in.data());
+  multiply(conv, planes.in.data(), planes.out.data(), planes.sums.data());
+}
+// With the scale, one of each group, and rounded as if they had been stored as T; for few inputs and many outputs. The
+// scale is applied before the sums and not, as in finish, behind them, so halves may differ in the last bit.
+template <class T, class X>
+void convolve_scaled(const Ternary& conv, const X* x, long stride, long pixels, Planes& planes) {
+  to_planes(x, stride, pixels, conv.all_in(), planes.in.data());
+  for (long i = 0; i < conv.all_in() * BLOCK; i += LANES)
+    store(&planes.in[i], load(&planes.in[i]) * conv.scale[i / BLOCK / conv.in * conv.out]);
+  multiply(conv, planes.in.data(), planes.out.data(), planes.sums.data());
+  if (std::is_same_v<T, half>)
+    for (long i = 0; i < conv.all_out() * BLOCK; i += LANES)
+      store(&planes.out[i], rounded(load(&planes.out[i]), (const T*)nullptr));
+}
+
+// Planes to consecutive pixels of memory.
+void to_pixels(const float* planes, long pixels, long channels, float* to, long stride) {
+  float* eights[BLOCK / 8];
+  for (long p = 0; p < BLOCK; p += 8) eights[p / 8] = to + p * stride;
+  from_planes(planes, pixels, channels, eights, stride);
+}
+
+// Rows that a ring keeps for a kernel, with those that a block of pixels computes ahead; eights of pixels never wrap.
+inline long kept_rows(long pad, long width) {
+  long kept = 1;
+  while (kept < 2 * pad + 1 + (BLOCK + width - 1) / width || kept * width % 8) kept *= 2;
+  return kept;
+}
+
+// The gradient of the last norm's input, in `tile`, from that of its output, over consecutive pixels.
+template <class T>
+const float* last_gradient(const T* dy, const T* z, Affine norm, long pixels, long channels, float* tile) {
+  norm_gradient(dy, channels, z, tile, channels, pixels, channels, Gradient<T, Identity>{norm, nullptr, nullptr});
+  return tile;
+}
+
+// The rows of an image of act(norm(expand(x))), or with Raw of expand(x), or without a convolution of x itself, as far
+// as they are needed. Raw with z: x is the gradient of norm(z).
+struct Raw {};
+template <class T, class Act, bool FOLDED> struct Source {
+  const Ternary* expand;  // or null
+  Affine norm;
+  long channels;
+  Rows rows;
+  Planes& planes;
+  float* tile = nullptr;
+  long filled = 0;  // pixels
+  void fill(const T* image, long count, const T* z = nullptr) {
+    const long pixels = rows.height * rows.width, needed = std::min(rows.height, count) * rows.width;
+    for (; expand && filled < needed; filled += BLOCK) {
+      const long in = expand->all_in(), some = std::min(BLOCK, pixels - filled);
+      if constexpr (std::is_same_v<Act, Raw>) {
+        const T* x = image + filled * in;
+        if (z) convolve_scaled<T>(*expand, last_gradient(x, z + filled * in, norm, some, in, tile), in, some, planes);
+        else convolve_scaled<T>(*expand, x, in, some, planes);
+      } else {
+        convolve(*expand, image + filled * in, in, some, planes);
+        finish<T, Act, FOLDED>(planes.out.data(), expand->scale, norm, channels);
+      }
+      float* eights[BLOCK / 8];
+      for (long p = 0; p < BLOCK; p += 8)
+        eights[p / 8] = rows.data + (filled + p) % (rows.kept * rows.width) * rows.stride;
+      from_planes(planes.out.data(), some, channels, eights, rows.stride);
+    }
+    for (; !expand && filled < needed; filled += rows.width)
+      copy_pixels(image + filled * channels, channels, rows.row(filled / rows.width), rows.stride, rows.width,
+                  channels);
+  }
+};
+
+// --- sums of outer products: gradients of 1x1 convolutions ------------------------------------------
+
+// Adds a^T b, sums over pixels, to (ROWS, VECTORS * LANES) of `to`; all of it stays in registers meanwhile.
+template <int ROWS, int VECTORS>
+void outer_tile(const float* a, long a_stride, const float* b, long b_stride, long pixels, float* to, long to_stride) {
+  vec sum[ROWS][VECTORS] = {};
+  for (long p = 0; p < pixels; p++, a += a_stride, b += b_stride) {
+    vec of_b[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; v++) of_b[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; v++) sum[r][v] += a[r] * of_b[v];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; v++) {
+      float* at = to + r * to_stride + v * LANES;
+      store(at, load(at) + sum[r][v]);
+    }
+}
+
+// Adds a^T b to (rows, padded(columns)); rows are a multiple of OUTPUTS. Columns are read in whole vectors, so b has
+// WIDTH floats of any content behind its last. `is_upper`: what lies below the diagonal is not wanted.
+void add_outer(const float* a, long a_stride, const float* b, long b_stride, long pixels, long rows, long columns,
+               float* to, bool is_upper = false) {
+  constexpr int ROWS = LANES == 16 ? 8 : 4;  // times 3 vectors: as many as there are registers
+  const long width = padded(columns);
+  for (long c = 0; c < columns; c += 3 * LANES) {
+    const long last = is_upper ? std::min(rows, c + 3 * LANES) : rows;
+    const auto some = [&](auto vectors) {
+      long r = 0;
+      for (; r + ROWS <= last; r += ROWS)
+        outer_tile<ROWS, vectors>(a + r, a_stride, b + c, b_stride, pixels, to + r * width + c, width);
+      for (; r < last; r += OUTPUTS)
+        outer_tile<OUTPUTS, vectors>(a + r, a_stride, b + c, b_stride, pixels, to + r * width + c, width);
+    };
+    const long left = (columns - c + LANES - 1) / LANES;
+    if (left >= 3) some(std::integral_constant<int, 3>());
+    else if (left == 2) some(std::integral_constant<int, 2>());
+    else some(std::integral_constant<int, 1>());
+  }
+}
+
+// Sums of some images in float, of all in double. How many images are some does not depend on the threads: few enough
+// for as many threads as a usual batch has quarters, many enough that their sums are little beside their activations.
+struct Chunks {
+  static constexpr long IMAGES = 4;
+  long images, size;
+  std::unique_ptr<float[]> sums;
+  Chunks(long images, long size) : images(images), size(size), sums(new float[count() * size]) {}
+  long count() const { return (images + IMAGES - 1) / IMAGES; }
+  long begin(long chunk) const { return chunk * IMAGES; }
+  long end(long chunk) const { return std::min(images, (chunk + 1) * IMAGES); }
+  // Of the thread that works on the chunk, which begins with this.
+  float* start(long chunk) {
+    std::fill_n(&sums[chunk * size], size, 0.0f);
+    return &sums[chunk * size];
+  }
+  std::vector<double> total(int threads) const {
+    constexpr long SOME = 1024;
+    std::vector<double> total(size);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < size; from += SOME)
+      for (long chunk = 0; chunk < count(); chunk++)
+        for (long i = from; i < std::min(size, from + SOME); i++) total[i] += sums[chunk * size + i];
+    return total;
+  }
+};
+// (groups, rows, padded(columns)) without the padding
+template <class X> void unpad(const double* from, long groups, long rows, long columns, X* to) {
+  for (long r = 0; r < groups * rows; r++)
+    for (long c = 0; c < columns; c++) to[r * columns + c] = X(from[r * padded(columns) + c]);
+}
+
+// Sums of x - pivot and of its products within each group of channels; pivot is the first pixel.
+// products (groups, inputs, inputs) from the diagonal on, totals (groups * inputs).
+template <class T>
+void products(const T* x, long count, long pixels, long groups, long inputs, double* products, double* totals,
+              int threads) {
+  const long channels = groups * inputs, size = inputs * padded(inputs);
+  Buffer pivot(padded(channels));
+  copy_pixels(x, channels, pivot.data(), pivot.size(), 1, channels);
+  Chunks chunks(count, groups * size + pivot.size());
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer some(BLOCK * apart(channels));
+#pragma omp for schedule(dynamic)
+    for (long chunk = 0; chunk < chunks.count(); chunk++) {
+      float *to = chunks.start(chunk), *total = to + groups * size;
+      const T* const end = x + chunks.end(chunk) * pixels * channels;
+      for (const T* at = x + chunks.begin(chunk) * pixels * channels; at < end; at += BLOCK * channels) {
+        const long block = std::min(BLOCK, (end - at) / channels);
+        for (long p = 0; p < block; p++)
+          over_channels(channels, [&](auto full, long c, long n) {
+            const vec d = load<full>(at + p * channels + c, n) - load(&pivot[c]);
+            store<full>(&some[p * apart(channels) + c], d, n);
+            store(total + c, load(total + c) + d);
+          });
+        for (long g = 0; g < groups; g++)
+          add_outer(&some[g * inputs], apart(channels), &some[g * inputs], apart(channels), block, inputs, inputs,
+                    to + g * size, true);
+      }
+    }
+  }
+  const auto sums = chunks.total(threads);
+  unpad(sums.data(), groups, inputs, inputs, products);
+  std::copy_n(&sums[groups * size], channels, totals);
+}
+
+// dx = du + u matrix + offset (+ skip), over pixels; matrix (groups, inputs, inputs), offset (groups * inputs).
+template <class T>
+void complete(const T* u, const float* du, const T* skip, T* dx, long pixels, long groups, long inputs,
+              const float* matrix, const float* offset, int threads) {
+  const long channels = groups * inputs, width = padded(inputs);
+  Buffer wide(groups * inputs * width);
+  for (long i = 0; i < groups * inputs; i++) std::copy_n(matrix + i * inputs, inputs, &wide[i * width]);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer planes(channels * BLOCK), tile(BLOCK * width);
+#pragma omp for schedule(static)
+    for (long p = 0; p < pixels; p += BLOCK) {
+      const long some = std::min(BLOCK, pixels - p);
+      to_planes(u + p * channels, channels, some, channels, planes.data());
+      for (long g = 0; g < groups; g++) {
+        std::fill(tile.begin(), tile.end(), 0.0f);
+        add_outer(&planes[g * inputs * BLOCK], BLOCK, &wide[g * inputs * width], width, inputs, BLOCK, inputs,
+                  tile.data());
+        for (long i = 0; i < some; i++)
+          over_channels(inputs, [&](auto full, long c, long n) {
+            const long at = (p + i) * channels + g * inputs + c;
+            vec sum = load(&tile[i * width + c]) + load<full>(offset + g * inputs + c, n);
+            if (skip) sum += load<full>(skip + at, n);
+            store<full>(dx + at, load<full>(du + at, n) + sum, n);
+          });
+      }
+    }
+  }
+}
+
+// --- forward and backward through depthwise convolutions ---------------------------------------------
+
+// y = conv(act(norm(expand(x)))), or without `expand` y = conv(x). With sums (count, 3, width): the moments of y.
+template <class T, class Act>
+void conv_forward(const T* x, T* y, Shape s, const Ternary* expand, Affine norm, const Convs& convs, float* sums,
+                  int threads) {
+  const long width = padded(s.channels), in = expand ? expand->all_in() : s.channels;
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer memory;
+    Planes planes(expand ? std::max(in, s.channels) : 0);
+    const Rows rows = ring(memory, s.height, s.width, s.channels, kept_rows(convs.pad, s.width));
+    Buffer tile(TILE * rows.stride);
+#pragma omp for schedule(static)
+    for (long n = 0; n < s.count; n++) {
+      Source<T, Act, true> source{expand, norm, s.channels, rows, planes};
+      for (long oy = 0; oy < s.out_height; oy++) {
+        source.fill(x + n * s.pixels() * in, oy * convs.stride + convs.pad + 1);
+        T* out = y + (n * s.out_height + oy) * s.out_width * s.channels;
+        for (long ox = 0; ox < s.out_width; ox += TILE) {
+          for (const Group& g : convs.groups)
+            with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
+              conv_tile<k, stride>(rows, tile.data(), g.weight.data(), g.first, g.channels, oy, ox);
+            });
+          copy_pixels(tile.data(), rows.stride, out + ox * s.channels, s.channels,
+                      std::min<long>(TILE, s.out_width - ox), s.channels);
+        }
+        if (sums) add_moments(out, s.out_width, s.channels, sums + n * 3 * width, oy == 0);
+      }
+    }
+  }
+}
+
+// Where the gradient of the convolutions' output y comes from: dy itself or, with z = project(act(norm(y)) * gate), the
+// gradient of last_norm(z).
+template <class T> struct Behind {
+  const T *dy, *z, *y;
+  const Ternary* project;  // transposed, or null
+  Affine last_norm, norm;
+  const float *gate, *dpooled;
+};
+// Where the gradient of their input goes: to dx, or back through the activation and `norm` without its part that
+// needs the whole batch, and `expand`, to du; sums (count, SUMS, width) are for the rest.
+template <class T> struct Before {
+  const T* x;
+  T* dx;  // may be null
+  const Ternary *expand, *transposed;  // or both null
+  Affine norm;
+  float *du, *sums;
+  float* dexpand;  // or null: (groups, inputs, outputs), x^T times what goes to du before `expand` is transposed
+};
+
+template <class T, class Act>
+void conv_backward(Shape s, Behind<T> behind, const Convs& convs, float* const* dweights, Before<T> before,
+                   int threads) {
+  constexpr const T* as = nullptr;
+  const Ternary *expand = before.expand, *transposed = before.transposed, *project = behind.project;
+  const long width = padded(s.channels), in = expand ? expand->all_in() : s.channels;
+  const long out = project ? project->all_in() : s.channels;
+  auto same = identity_of(std::max(width, padded(in)));
+  const Affine identity{same.data(), std::max(width, padded(in))};
+  const long inputs = expand ? expand->in : 0, outputs = expand ? expand->out : 0;
+  const long groups = expand && before.dexpand ? expand->groups : 0;
+  const long outer_size = inputs * padded(outputs);
+  // of a chunk: gradients of the depthwise weights, and those of `expand`
+  Chunks chunks(s.count, convs.sizes + groups * outer_size);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer memory, raw_memory, grad_memory;
+    Planes planes(expand || project ? std::max({in, s.channels, out}) : 0);
+    const long kept = kept_rows(convs.pad, s.width);
+    const Rows rows = ring(memory, s.height, s.width, s.channels, kept);
+    const Rows raw = expand ? ring(raw_memory, s.height, s.width, s.channels, kept) : rows;
+    const Rows grads = ring(grad_memory, s.out_height, s.out_width, s.channels, kept_rows(convs.pad, s.out_width));
+    Buffer tile(TILE * rows.stride), waiting(expand ? (s.width + BLOCK) * rows.stride : 0),
+        pixels_in(expand ? BLOCK * in : 0),
+        tile_out(BLOCK * out);
+#pragma omp for schedule(dynamic)
+    for (long chunk = 0; chunk < chunks.count(); chunk++) {
+      float* const of_chunk = chunks.start(chunk);
+      for (long n = chunks.begin(chunk); n < chunks.end(chunk); n++) {
+        const long at = n * s.channels;
+        const Gradient<T, Act> gradient{behind.norm, behind.gate ? behind.gate + at : nullptr,
+                                        behind.gate ? behind.dpooled + at : nullptr};
+        const Gradient<T, Act> inner{before.norm, nullptr, nullptr};
+        const T* image = before.x + n * s.pixels() * in;
+        Source<T, Raw, true> source{expand, {}, s.channels, raw, planes};
+        Source<T, Raw, true> grad_source{project, behind.last_norm, s.channels, grads, planes, tile_out.data()};
+        float* sum = before.sums + n * SUMS * width;
+        long filled = 0, grads_filled = 0, waits = 0;
+        for (long iy = 0; iy < s.height; iy++) {
+          source.fill(image, iy + convs.pad + 1);
+          for (; expand && filled < std::min(s.height, iy + convs.pad + 1); filled++)
+            apply<T, Act>((const float*)raw.row(filled), raw.stride, (const float*)nullptr, rows.row(filled),
+                          rows.stride, s.width, s.channels, before.norm, nullptr);
+          const long needed = std::min(s.out_height, (iy + convs.pad) / convs.stride + 1);
+          grad_source.fill(behind.dy + n * s.out_pixels() * out, needed,
+                           project ? behind.z + n * s.out_pixels() * out : nullptr);
+          for (; behind.norm.data && grads_filled < needed; grads_filled++) {
+            const T* y = behind.y + (n * s.out_height + grads_filled) * s.out_width * s.channels;
+            float* row = grads.row(grads_filled);
+            norm_gradient((const float*)row, grads.stride, y, row, grads.stride, s.out_width, s.channels, gradient);
+          }
+          float* dweight = of_chunk;
+          for (size_t i = 0; i < convs.groups.size(); dweight += convs.groups[i++].size())
+            if (dweights[i] && iy % convs.stride == 0)
+              with_kernel(convs.groups[i].kernel, convs.stride, [&](auto k, auto stride) {
+                weight_row<k, stride>(grads, rows, dweight, convs.groups[i].first, convs.groups[i].channels,
+                                      iy / stride);
+              });
+          for (long ix = 0; (expand || before.dx) && ix < s.width; ix += TILE) {
+            for (const Group& g : convs.groups)
+              with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
+                if constexpr (stride == 1)
+                  conv_tile<k, 1>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
+                else
+                  grad_tile<k>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
+              });
+            const long pixels = std::min<long>(TILE, s.width - ix);
+            if (!expand)
+              copy_pixels(tile.data(), rows.stride, before.dx + ((n * s.height + iy) * s.width + ix) * s.channels,
+                          s.channels, pixels, s.channels);
+            else
+              over_channels(s.channels, [&](auto full, long c, long lanes) {
+                constexpr bool FULL = decltype(full)::value;
+                vec total{}, product{};
+                for (long i = 0; i < pixels; i++) {
+                  const vec value = load<FULL>(raw.row(iy) + (ix + i) * raw.stride + c, lanes);
+                  const vec da = rounded(load(tile.data() + i * rows.stride + c), as);
+                  const vec dz = inner.template dz<FULL>(da, value, c, lanes);
+                  const vec scaled = dz * before.norm.at(Affine::SCALE, c);
+                  store<FULL>(&waiting[(waits + ix + i) * rows.stride + c], scaled, lanes);
+                  total += dz;
+                  product += dz * (value - before.norm.at(Affine::MEAN, c));
+                }
+                float *totals = sum + DY_GRAD * width + c, *products = sum + DY_GRAD_X * width + c;
+                store(totals, load(totals) + total);
+                store(products, load(products) + product);
+              });
+          }
+          if (!expand) continue;
+          waits += s.width;
+          long done = 0;
+          for (; waits - done >= (iy + 1 == s.height ? 1 : BLOCK); done += std::min(BLOCK, waits - done)) {
+            const long count = std::min(BLOCK, waits - done), first = (iy + 1) * s.width - waits + done;
+            const float* dz = &waiting[done * rows.stride];
+            copy_pixels(image + first * in, in, pixels_in.data(), in, count, in);
+            for (long g = 0; g < groups; g++)
+              add_outer(&pixels_in[g * inputs], in, dz + g * outputs, rows.stride, count, inputs, outputs,
+                        of_chunk + convs.sizes + g * outer_size);
+            convolve(*transposed, dz, rows.stride, count, planes);
+            finish<float, Identity, true>(planes.out.data(), transposed->scale, identity, in);
+            to_pixels(planes.out.data(), count, in, before.du + (n * s.pixels() + first) * in, in);
+          }
+          waits -= done;
+          std::copy_n(&waiting[done * rows.stride], waits * rows.stride, waiting.begin());
+        }
+      }
+    }
+  }
+  const std::vector<double> totals = chunks.total(threads);
+  const double* total = totals.data();
+  for (size_t i = 0; i < convs.groups.size(); total += convs.groups[i++].size()) {
+    const long taps = convs.groups[i].kernel * convs.groups[i].kernel, channels = convs.groups[i].channels;
+    if (dweights[i])
+      for (long c = 0; c < channels; c++)
+        for (long k = 0; k < taps; k++) dweights[i][c * taps + k] = float(total[k * padded(channels) + c]);
+  }
+  if (groups) unpad(&totals[convs.sizes], groups, inputs, outputs, before.dexpand);
+}
+
+// --- the other half of a block: squeeze-excitation, the second 1x1 convolution -----------------------
 
 // reduce (reduced, channels), expand (reduced, channels): the second is transposed
 struct SqueezeExcite {
@@ -749,47 +1084,130 @@ template <class T> void excite(const SqueezeExcite& se, const float* pooled, flo
   });
 }
 
+// The last step of a block, of the activations (stride apart) of consecutive pixels, at most BLOCK: to planes, gate,
+// ternary convolution, norm; then to pixels, as T, plus skip where there is one.
+template <class T, bool FOLDED>
+void project_pixels(const float* a, long stride, long pixels, const float* gate, const Ternary& project, Affine norm,
+                    Affine identity, const T* skip, T* y, Planes& planes, float* tile) {
+  constexpr const T* as = nullptr;
+  const long out = project.all_out();
+  to_planes(a, stride, pixels, project.all_in(), planes.in.data());
+  for (long i = 0; gate && i < project.all_in() * BLOCK; i += LANES)
+    store(&planes.in[i], rounded(load(&planes.in[i]) * gate[i / BLOCK], as));
+  multiply(project, planes.in.data(), planes.out.data(), planes.sums.data());
+  finish<T, Identity, FOLDED>(planes.out.data(), project.scale, norm, out);
+  to_pixels(planes.out.data(), pixels, out, tile, out);
+  apply<T, Identity>((const float*)tile, out, skip, y, out, pixels, out, identity, nullptr);
+}
+
+// From sums over an image's activations to its gate.
+template <class T> void gate_of(const SqueezeExcite& se, float* pool, long pixels, float* gate, long channels) {
+  for (long c = 0; c < channels; c += LANES)
+    store(pool + c, rounded(load(pool + c) / float(pixels), (const T*)nullptr));
+  excite<T>(se, pool, gate, channels);
+}
+
+// z = project(act(norm(y)) * gate); pooled and gate (count, channels) are written where there is `se`, and the moments
+// of z to sums (count, 3, padded outputs).
+template <class T, class Act>
+void project(const T* y, T* z, long count, long pixels, const Ternary& project, Affine norm, const SqueezeExcite* se,
+             float* pooled, float* gate, float* sums, int threads) {
+  const long channels = project.all_in(), out = project.all_out();
+  auto same = identity_of(padded(std::max(channels, out)));
+  const Affine identity{same.data(), padded(std::max(channels, out))};
+#pragma omp parallel num_threads(threads)
+  {
+    Planes planes(std::max(channels, out));
+    const long stride = apart(channels);
+    Buffer a((se ? pixels : BLOCK) * stride), tile(BLOCK * padded(out)), pool(padded(channels)), gates(pool);
+#pragma omp for schedule(static)
+    for (long n = 0; n < count; n++) {
+      const auto activate = [&](long first, long some) {
+        apply<T, Act>(y + (n * pixels + first) * channels, channels, (const float*)nullptr,
+                      a.data() + (se ? first * stride : 0), stride, some, channels, norm,
+                      se ? pool.data() : nullptr);
+      };
+      if (se) {
+        std::fill(pool.begin(), pool.end(), 0.0f);
+        activate(0, pixels);
+        gate_of<T>(*se, pool.data(), pixels, gates.data(), channels);
+        std::copy_n(pool.begin(), channels, pooled + n * channels);
+        std::copy_n(gates.begin(), channels, gate + n * channels);
+      }
+      for (long p = 0; p < pixels; p += BLOCK) {
+        const long some = std::min(BLOCK, pixels - p);
+        if (!se) activate(p, some);
+        T* const to = z + (n * pixels + p) * out;
+        project_pixels<T, true>(&a[se ? p * stride : 0], stride, some, se ? gates.data() : nullptr, project, identity,
+                                identity, (const T*)nullptr, to, planes, tile.data());
+        add_moments(to, some, out, sums + n * 3 * padded(out), p == 0);
+      }
+    }
+  }
+}
+
+// From dy, the gradient of last_norm(z), back through `project`, which is transposed: the sums (count, SUMS, width)
+// over its input's gradient, which is not kept, and the gradient of its weights as they run forward (groups, outputs,
+// inputs), or null.
+template <class T, class Act>
+void project_backward(const T* dy, const T* z, const T* y, long count, long pixels, const Ternary& project,
+                      Affine last_norm, Affine norm, const float* gate, float* sums, float* dproject, int threads) {
+  const long out = project.all_in(), channels = project.all_out(), width = padded(channels), stride = apart(channels);
+  const long size = project.in * padded(project.out);
+  Chunks chunks(count, dproject ? project.groups * size : 0);
+#pragma omp parallel num_threads(threads)
+  {
+    Planes planes(std::max(out, channels));
+    Buffer gradient(BLOCK * stride), a(BLOCK * stride), tile(BLOCK * out);
+#pragma omp for schedule(dynamic)
+    for (long chunk = 0; chunk < chunks.count(); chunk++) {
+      float* const of_chunk = chunks.start(chunk);
+      for (long n = chunks.begin(chunk); n < chunks.end(chunk); n++)
+        for (long p = 0; p < pixels; p += BLOCK) {
+          const long some = std::min(BLOCK, pixels - p);
+          const long at = (n * pixels + p) * out;
+          last_gradient(dy + at, z + at, last_norm, some, out, tile.data());
+          convolve_scaled<T>(project, tile.data(), out, some, planes);
+          to_pixels(planes.out.data(), some, channels, gradient.data(), stride);
+          add_sums<T, Act>((const float*)gradient.data(), stride, y + (n * pixels + p) * channels, some, channels,
+                           norm, gate ? gate + n * channels : nullptr, sums + n * SUMS * width,
+                           dproject ? a.data() : nullptr);
+          if (!dproject) continue;
+          for (long g = 0; g < project.groups; g++)
+            add_outer(&tile[g * project.in], out, &a[g * project.out], stride, some, project.in, project.out,
+                      of_chunk + g * size);
+        }
+    }
+  }
+  if (dproject) unpad(chunks.total(threads).data(), project.groups, project.in, project.out, dproject);
+}
+
+// --- a whole block in eval mode ----------------------------------------------------------------------
+
 // Everything between an image x and y: expand, norm and activation, depthwise, norm and activation,
 // squeeze-excitation, project, norm, and skip x. What lies between stays in the core's caches.
 template <class T, class Act>
 void residual(const T* x, T* y, Shape s, const Ternary* expand, Affine norm1, const Convs& convs, Affine norm2,
               const SqueezeExcite* se, const Ternary& project, Affine norm3, bool has_skip, int threads) {
-  constexpr const T* as = nullptr;
-  const long in_channels = expand ? expand->all_in() : s.channels, out_channels = project.all_out();
-  const long pixels = s.height * s.width, out_pixels = s.out_height * s.out_width;
-  const long largest = std::max({in_channels, s.channels, out_channels});
+  const long in = expand ? expand->all_in() : s.channels, out = project.all_out();
+  const long largest = std::max({in, s.channels, out});
   auto same = identity_of(padded(largest));
   const Affine identity{same.data(), padded(largest)};
-  long kept = RING;  // rows a kernel needs, and those of a block of pixels that were computed ahead
-  while (kept < 2 * convs.pad + 1 + (BLOCK + s.width - 1) / s.width) kept *= 2;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer ring_memory, pool(padded(s.channels)), gate(padded(s.channels));
-    const Rows rows = ring(ring_memory, s.height, s.width, s.channels, kept);
-    Buffer in_planes((largest + 2) * BLOCK), out_planes(largest * BLOCK), sums(TRIPLES * 27 * BLOCK);
-    Buffer tile(TILE * rows.stride), out_tile(BLOCK * padded(out_channels));
-    float* to[BLOCK / 8];
+    Buffer memory, pool(padded(s.channels)), gate(padded(s.channels));
+    const Rows rows = ring(memory, s.height, s.width, s.channels, kept_rows(convs.pad, s.width));
+    Planes planes(largest);
+    Buffer tile(TILE * rows.stride), out_tile(BLOCK * padded(out));
     // Activations that wait for the gate or, without one, for a whole block of pixels.
-    Buffer waiting((se ? out_pixels : s.out_width + BLOCK) * rows.stride);
+    Buffer waiting((se ? s.out_pixels() : s.out_width + BLOCK) * rows.stride);
 #pragma omp for schedule(static)
     for (long n = 0; n < s.count; n++) {
-      const T* image = x + n * pixels * in_channels;
-      T* out = y + n * out_pixels * out_channels;
+      const T* image = x + n * s.pixels() * in;
       std::fill(pool.begin(), pool.end(), 0.0f);
-      for (long oy = 0, filled = 0, waits = 0; oy < s.out_height; oy++) {
-        const long needed = std::min(s.height, oy * convs.stride + convs.pad + 1) * s.width;
-        for (; expand && filled < needed; filled += BLOCK) {
-          const long count = std::min(BLOCK, pixels - filled);
-          to_planes(image + filled * in_channels, in_channels, count, in_channels, in_planes.data());
-          multiply(*expand, in_planes.data(), out_planes.data(), sums.data());
-          finish<T, Act>(out_planes.data(), expand->scale, norm1, s.channels);
-          for (long p = 0; p < BLOCK; p += 8)
-            to[p / 8] = rows.data + (filled + p) % (kept * s.width) * rows.stride;
-          from_planes(out_planes.data(), count, s.channels, to, rows.stride);
-        }
-        for (; !expand && filled < needed; filled += s.width)
-          apply<T, Identity>(image + filled * in_channels, in_channels, (const float*)nullptr,
-                             rows.row(filled / s.width), rows.stride, s.width, s.channels, identity, nullptr, nullptr);
+      Source<T, Act, false> source{expand, norm1, s.channels, rows, planes};
+      for (long oy = 0, waits = 0; oy < s.out_height; oy++) {
+        source.fill(image, oy * convs.stride + convs.pad + 1);
         for (long ox = 0; ox < s.out_width; ox += TILE) {
           for (const Group& g : convs.groups)
             with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
@@ -797,29 +1215,19 @@ void residual(const T* x, T* y, Shape s, const Ternary* expand, Affine norm1, co
             });
           const long count = std::min<long>(TILE, s.out_width - ox);
           apply<T, Act>((const float*)tile.data(), rows.stride, (const float*)nullptr,
-                        &waiting[waits * rows.stride], rows.stride, count, s.channels, norm2, nullptr,
+                        &waiting[waits * rows.stride], rows.stride, count, s.channels, norm2,
                         se ? pool.data() : nullptr);
           waits += count;
         }
         const bool is_last = oy + 1 == s.out_height;
         if (se && !is_last) continue;
-        if (se) {
-          for (long c = 0; c < s.channels; c += LANES) store(&pool[c], rounded(load(&pool[c]) / float(out_pixels), as));
-          excite<T>(*se, pool.data(), gate.data(), s.channels);
-        }
+        if (se) gate_of<T>(*se, pool.data(), s.out_pixels(), gate.data(), s.channels);
         long done = 0;
         for (; waits - done >= (is_last ? 1 : BLOCK); done += std::min(BLOCK, waits - done)) {
           const long count = std::min(BLOCK, waits - done), first = (oy + 1) * s.out_width - waits + done;
-          to_planes(&waiting[done * rows.stride], rows.stride, count, s.channels, in_planes.data());
-          for (long i = 0; se && i < s.channels * BLOCK; i += LANES)
-            store(&in_planes[i], rounded(load(&in_planes[i]) * gate[i / BLOCK], as));
-          multiply(project, in_planes.data(), out_planes.data(), sums.data());
-          finish<T, Identity>(out_planes.data(), project.scale, norm3, out_channels);
-          for (long p = 0; p < BLOCK; p += 8) to[p / 8] = &out_tile[p * out_channels];
-          from_planes(out_planes.data(), count, out_channels, to, out_channels);
-          apply<T, Identity>((const float*)out_tile.data(), out_channels,
-                             has_skip ? image + first * out_channels : nullptr, out + first * out_channels,
-                             out_channels, count, out_channels, identity, nullptr, nullptr);
+          project_pixels<T, false>(&waiting[done * rows.stride], rows.stride, count, se ? gate.data() : nullptr,
+                                   project, norm3, identity, has_skip ? image + first * out : nullptr,
+                                   y + (n * s.out_pixels() + first) * out, planes, out_tile.data());
         }
         waits -= done;
         std::copy_n(&waiting[done * rows.stride], waits * rows.stride, waiting.begin());
@@ -833,6 +1241,9 @@ void residual(const T* x, T* y, Shape s, const Ternary* expand, Affine norm1, co
 template <class Body> void with_type(int is_half, Body body) {
   if (is_half) body(half());
   else body(0.0f);
+}
+std::unique_ptr<Ternary> maybe(const GivenTernary* given, int threads) {
+  return given ? std::make_unique<Ternary>(*given, threads) : nullptr;
 }
 template <class Body> void with_act(int act, Body body) {
   if (act == 0) body(Identity());
@@ -873,23 +1284,17 @@ void msunet_norm(const double* moments_in /* or null */, long rows, long channel
   }
 }
 
-// y = act(norm(x)) * gate + skip; pooled = mean of act(norm(x)) over the image. gate and pooled: (count, channels).
-void msunet_apply(int is_half, int act, const void* x, const void* skip /* or null */, const float* gate /* or null */,
-                  void* y /* or null */, float* pooled /* or null */, long count, long pixels, long channels,
-                  float* norm, int threads) {
-  const Affine affine{norm, padded(channels)};
+// y = act(norm(x)) + skip.
+void msunet_apply(int is_half, int act, const void* x, const void* skip /* or null */, void* y, long count, long pixels,
+                  long channels, float* norm, int threads) {
   with_type(is_half, [&](auto type) {
     using T = decltype(type);
     with_act(act, [&](auto a) {
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (long n = 0; n < count; n++) {
         const long at = n * pixels * channels;
-        Buffer pool(pooled ? affine.width : 0);
-        apply<T, decltype(a)>((const T*)x + at, channels, skip ? (const T*)skip + at : nullptr,
-                              y ? (T*)y + at : nullptr, channels, pixels, channels, affine,
-                              gate ? gate + n * channels : nullptr, pooled ? pool.data() : nullptr);
-        if (pooled)
-          for (long c = 0; c < channels; c++) pooled[n * channels + c] = pool[c] / pixels;
+        apply<T, decltype(a)>((const T*)x + at, channels, skip ? (const T*)skip + at : nullptr, (T*)y + at, channels,
+                              pixels, channels, {norm, padded(channels)}, nullptr);
       }
     });
   });
@@ -897,15 +1302,15 @@ void msunet_apply(int is_half, int act, const void* x, const void* skip /* or nu
 
 // sums (count, 5, padded channels), zeros before: see SUMS.
 void msunet_sums(int is_half, int act, const void* dy, const void* x, long count, long pixels, long channels,
-                 float* norm, int is_gated, float* sums, int threads) {
+                 float* norm, float* sums, int threads) {
   const Affine affine{norm, padded(channels)};
   with_type(is_half, [&](auto type) {
     using T = decltype(type);
     with_act(act, [&](auto a) {
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (long n = 0; n < count; n++)
-        add_sums<T, decltype(a)>((const T*)dy + n * pixels * channels, (const T*)x + n * pixels * channels, pixels,
-                                 channels, affine, is_gated, sums + n * SUMS * affine.width);
+        add_sums<T, decltype(a)>((const T*)dy + n * pixels * channels, channels, (const T*)x + n * pixels * channels,
+                                 pixels, channels, affine, nullptr, sums + n * SUMS * affine.width);
     });
   });
 }
@@ -933,7 +1338,7 @@ void msunet_combine(const float* sums, const float* gate /* or null */, const fl
   }
 }
 
-// The gradient of act(norm(x)) (act: none where dy is already that of norm(x)) to that of x; dx may be dy.
+// From the gradient of act(norm(x)) to that of x; dx may be dy.
 void msunet_norm_gradient(int is_half, int act, const void* dy, const void* x, void* dx, long count, long pixels,
                           long channels, float* norm, int threads) {
   with_type(is_half, [&](auto type) {
@@ -942,45 +1347,122 @@ void msunet_norm_gradient(int is_half, int act, const void* dy, const void* x, v
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (long n = 0; n < count; n++) {
         const long at = n * pixels * channels;
-        norm_gradient((const T*)dy + at, (const T*)x + at, (T*)dx + at, channels, pixels, channels,
+        norm_gradient((const T*)dy + at, channels, (const T*)x + at, (T*)dx + at, channels, pixels, channels,
                       Gradient<T, decltype(a)>{{norm, padded(channels)}, nullptr, nullptr});
       }
     });
   });
 }
 
+// See products.
+void msunet_products(int is_half, const void* x, long count, long pixels, long groups, long inputs,
+                     double* products_out, double* totals, int threads) {
+  with_type(is_half, [&](auto type) {
+    products((const decltype(type)*)x, count, pixels, groups, inputs, products_out, totals, threads);
+  });
+}
+
+// See complete.
+void msunet_complete(int is_half, const void* u, const float* du, const void* skip /* or null */, void* dx, long pixels,
+                     long groups, long inputs, const float* matrix, const float* offset, int threads) {
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    complete((const T*)u, du, (const T*)skip, (T*)dx, pixels, groups, inputs, matrix, offset, threads);
+  });
+}
+
 // See conv_forward. Each weight is (channels, kernel, kernel); moments_out are those of y.
 void msunet_conv_forward(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
                          const float* const* weights, const void* x, void* y, long count, long height, long width,
-                         long out_height, long out_width, long all, float* before /* or null */,
-                         double* moments_out /* or null */, int threads) {
+                         long out_height, long out_width, long all, const GivenTernary* expand /* or null */,
+                         float* norm /* or null */, double* moments_out /* or null */, int threads) {
   const Convs convs(groups, kernels, channels, weights, stride, false);
+  const auto conv = maybe(expand, threads);
   const long wide = padded(all);
   Buffer sums(moments_out ? count * 3 * wide : 0);
   with_type(is_half, [&](auto type) {
     using T = decltype(type);
     with_act(act, [&](auto a) {
-      conv_forward<T, decltype(a)>((const T*)x, (T*)y, {count, height, width, all, out_height, out_width}, convs,
-                                   {before, wide}, moments_out ? sums.data() : nullptr, threads);
+      conv_forward<T, decltype(a)>((const T*)x, (T*)y, {count, height, width, all, out_height, out_width},
+                                   conv.get(), {norm, wide}, convs, moments_out ? sums.data() : nullptr, threads);
     });
   });
   if (moments_out)
     combine_moments(sums.data(), count, out_height * out_width, all, moments_out, moments_out + all);
 }
 
-// See residual. Signs are (outputs, inputs of a group), scales (outputs). se: weights and biases of reduce and expand,
-// (reduced, all), (reduced), (reduced, all), (all).
+// See project.
+void msunet_project(int is_half, int act, const void* y, void* z, long count, long pixels,
+                    const GivenTernary* project_given, float* norm, const float* const* se /* or null */, long reduced,
+                    float* pooled /* or null */, float* gate /* or null */, double* moments_out, int threads) {
+  const Ternary conv(*project_given, threads);
+  const long out = conv.all_out();
+  Buffer sums(count * 3 * padded(out));
+  SqueezeExcite excitation{reduced};
+  if (se) excitation = {reduced, se[0], se[1], se[2], se[3]};
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+      project<T, decltype(a)>((const T*)y, (T*)z, count, pixels, conv, {norm, padded(conv.all_in())},
+                              se ? &excitation : nullptr, pooled, gate, sums.data(), threads);
+    });
+  });
+  combine_moments(sums.data(), count, pixels, out, moments_out, moments_out + out);
+}
+
+// See project_backward.
+void msunet_project_backward(int is_half, int act, const void* dy, const void* z, const void* y, long count,
+                             long pixels, const GivenTernary* transposed, float* last_norm, float* norm,
+                             const float* gate /* or null */, float* sums, float* dproject /* or null */,
+                             int threads) {
+  const Ternary conv(*transposed, threads);
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+      project_backward<T, decltype(a)>((const T*)dy, (const T*)z, (const T*)y, count, pixels, conv,
+                                       {last_norm, padded(conv.all_in())}, {norm, padded(conv.all_out())}, gate, sums,
+                                       dproject, threads);
+    });
+  });
+}
+
+// See conv_backward, Behind and Before.
+void msunet_conv_backward(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
+                          const float* const* weights, long count, long height, long width, long out_height,
+                          long out_width, long all, const void* dy, const void* z /* or null */,
+                          const void* y /* or null */, const GivenTernary* project /* or null */,
+                          float* last_norm /* or null */, float* after /* or null */,
+                          const float* gate /* or null */, const float* dpooled /* or null */,
+                          float* const* dweights /* each or null */, const void* x, void* dx /* or null */,
+                          const GivenTernary* expand /* or null */, const GivenTernary* transposed /* or null */,
+                          float* before /* or null */, float* du /* or null */, float* sums /* or null */,
+                          float* dexpand /* or null */, int threads) {
+  const Convs convs(groups, kernels, channels, weights, stride, stride == 1);
+  const auto expanding = maybe(expand, threads), back = maybe(transposed, threads);
+  const auto projecting = maybe(project, threads);
+  const long wide = padded(all);
+  with_type(is_half, [&](auto type) {
+    using T = decltype(type);
+    with_act(act, [&](auto a) {
+      conv_backward<T, decltype(a)>(
+          {count, height, width, all, out_height, out_width},
+          {(const T*)dy, (const T*)z, (const T*)y, projecting.get(), {last_norm, project ? padded(project->in) : 0},
+           {after, wide}, gate, dpooled}, convs, dweights,
+          {(const T*)x, (T*)dx, expanding.get(), back.get(), {before, wide}, du, sums, dexpand},
+          threads);
+    });
+  });
+}
+
+// See residual. se: weights and biases of reduce and expand, (reduced, all), (reduced), (reduced, all), (all).
 void msunet_residual(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
                      const float* const* weights, const void* x, void* y, long count, long height, long width,
-                     long out_height, long out_width, long in, long all, long out,
-                     const float* expand_signs /* or null */, const float* expand_scale /* or null */,
-                     long expand_groups, float* norm1 /* or null */, float* norm2, const float* const* se /* or null */,
-                     long reduced, const float* project_signs, const float* project_scale, long project_groups,
-                     float* norm3, int has_skip, int threads) {
+                     long out_height, long out_width, long all, const GivenTernary* expand /* or null */,
+                     float* norm1 /* or null */, float* norm2, const float* const* se /* or null */, long reduced,
+                     const GivenTernary* project_given, float* norm3, int has_skip, int threads) {
   const Convs convs(groups, kernels, channels, weights, stride, false);
-  std::vector<Ternary> expand;
-  if (expand_signs) expand.emplace_back(expand_signs, expand_scale, expand_groups, in, all);
-  const Ternary project(project_signs, project_scale, project_groups, all, out);
+  const auto expanding = maybe(expand, threads);
+  const Ternary projecting(*project_given, threads);
   SqueezeExcite excitation{reduced};
   if (se) excitation = {reduced, se[0], se[1], se[2], se[3]};
   const long wide = padded(all);
@@ -988,27 +1470,8 @@ void msunet_residual(int is_half, int act, int stride, long groups, const long* 
     using T = decltype(type);
     with_act(act, [&](auto a) {
       residual<T, decltype(a)>((const T*)x, (T*)y, {count, height, width, all, out_height, out_width},
-                               expand.empty() ? nullptr : expand.data(), {norm1, wide}, convs, {norm2, wide},
-                               se ? &excitation : nullptr, project, {norm3, padded(out)}, has_skip, threads);
-    });
-  });
-}
-
-// See conv_backward.
-void msunet_conv_backward(int is_half, int act, int stride, long groups, const long* kernels, const long* channels,
-                          const float* const* weights, const void* dy, const void* y, const void* x, void* dx,
-                          long count, long height, long width, long out_height, long out_width, long all,
-                          float* before /* or null */, float* after /* or null */, const float* gate /* or null */,
-                          const float* dpooled /* or null */, float* sums /* or null */, float* const* dweights,
-                          int threads) {
-  const Convs convs(groups, kernels, channels, weights, stride, stride == 1);
-  const long wide = padded(all);
-  with_type(is_half, [&](auto type) {
-    using T = decltype(type);
-    with_act(act, [&](auto a) {
-      conv_backward<T, decltype(a)>((const T*)dy, (const T*)y, (const T*)x, (T*)dx,
-                                    {count, height, width, all, out_height, out_width}, convs, {before, wide},
-                                    {after, wide}, gate, dpooled, sums, dweights, threads);
+                               expanding.get(), {norm1, wide}, convs, {norm2, wide}, se ? &excitation : nullptr,
+                               projecting, {norm3, padded(projecting.all_out())}, has_skip, threads);
     });
   });
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import StudyError, closest
-from .fast import depthwise_conv, depthwise_stage, norm_act, residual_in_eval
+from .fast import depthwise_conv, norm_act, residual
 from .ternary import ALPHA, WEIGHTS, TernaryConv2d, folded_kernel, ternary_scale
 
 STEM_CHANNELS = 64
@@ -115,13 +115,12 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            layers = self.conv_dw, self.bn1, self.act, None, self.conv_pw, self.bn2
-            y = residual_in_eval(None, None, None, *layers, x, self.has_skip)
-            if y is not None:
-                return y
-        y = norm_act(self.bn1, self.act, depthwise_conv(self.conv_dw, x))
-        return norm_act(self.bn2, None, self.conv_pw(y), skip=x if self.has_skip else None)
+        layers = None, None, None, self.conv_dw, self.bn1, self.act, None, self.conv_pw
+        y = residual(*layers, self.bn2, x, self.has_skip)
+        if y is not None:
+            return y
+        y = self.conv_pw(norm_act(self.bn1, self.act, depthwise_conv(self.conv_dw, x)))
+        return norm_act(self.bn2, None, y, skip=x if self.has_skip else None)
 
 
 class InvertedResidual(nn.Module):
@@ -142,15 +141,13 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            expand = self.conv_pw, self.bn1, self.act1
-            layers = self.conv_dw, self.bn2, self.act2, self.se, self.conv_pwl, self.bn3
-            y = residual_in_eval(*expand, *layers, x, self.has_skip)
-            if y is not None:
-                return y
-        y = self.conv_pw(x)
-        y = depthwise_stage(self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se, y)
-        return norm_act(self.bn3, None, self.conv_pwl(y), skip=x if self.has_skip else None)
+        layers = self.conv_pw, self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se, self.conv_pwl
+        y = residual(*layers, self.bn3, x, self.has_skip)
+        if y is not None:
+            return y
+        y = depthwise_conv(self.conv_dw, norm_act(self.bn1, self.act1, self.conv_pw(x)))
+        y = self.conv_pwl(self.se(norm_act(self.bn2, self.act2, y)))
+        return norm_act(self.bn3, None, y, skip=x if self.has_skip else None)
 
 
 def depthwise(channels: int, kernels: tuple[int, ...], stride: int) -> nn.Module:

@@ -62,8 +62,9 @@ def ternary_scale(signs: Tensor) -> Tensor:
     With no non-zero weight the scale is that of one: the layer's output is 0 all the same.
     """
     fan_in = math.prod(signs.shape[1:])
-    # An integer count divides to FP32 at most; FP64 signs keep an FP64 scale.
-    nonzeros = signs.count_nonzero().clamp(min=1).to(torch.promote_types(signs.dtype, torch.float32))
+    # A sum of ones, in double where 2^24 of them would not do; an FP64 scale for FP64 signs, else FP32.
+    nonzeros = signs.abs().sum(dtype=torch.float64).clamp(min=1)
+    nonzeros = nonzeros.to(torch.promote_types(signs.dtype, torch.float32))
     return (2.0 / fan_in * signs.numel() / nonzeros).sqrt().to(signs.dtype)
 
 
