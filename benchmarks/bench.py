@@ -196,13 +196,20 @@ class Ours(Released):
         return self.rate(run)
 
     def copy_share(self, rate: float) -> dict:
-        """Bytes a step must move, this machine's copy bandwidth, and the share of it that a rate reaches."""
+        """Bytes of a step, also layer by layer, the bandwidth of a copy, and the share that a rate takes."""
         import torch
         from bandwidth import copy_bandwidth, step_bytes
 
-        moved = step_bytes(self.learner.model, BATCH)
+        from msunet_core import fast
+
+        moved = step_bytes(self.learner.model, BATCH, whole_blocks=fast.enabled())
         bandwidth = copy_bandwidth(torch.device("cpu"), 2**28)
-        return {"bytes": moved, "copy GB/s": bandwidth / 1e9, "share": moved * rate / BATCH / bandwidth}
+        return {
+            "bytes": moved,
+            "bytes layer by layer": step_bytes(self.learner.model, BATCH),
+            "copy GB/s": bandwidth / 1e9,
+            "share": moved * rate / BATCH / bandwidth,
+        }
 
     def scoring(self, count: int) -> float:
         """Seconds of one score."""
@@ -393,8 +400,9 @@ def markdown(report: dict) -> str:
     text = f"{cores}; medians of {report['repeats']} alternated repeats in one run."
     if share:
         text += (
-            f" A step must move {share['bytes'] / 1e9:.2f} GB, and did so at {100 * share['share']:.0f} % of"
-            f" the bandwidth of a copy, {share['copy GB/s']:.1f} GB/s."
+            f" A step moves {share['bytes'] / 1e9:.2f} GB to and from memory,"
+            f" {100 * share['share']:.0f} % of what a copy at {share['copy GB/s']:.1f} GB/s would then;"
+            f" fused layer by layer it would have to move {share['bytes layer by layer'] / 1e9:.2f} GB."
         )
     scaling = report["results"].get("scaling")
     if scaling:

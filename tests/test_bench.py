@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from msunet_core import build_msunet
-from msunet_core.network import DepthwiseSeparable, SqueezeExcite
+from msunet_core.network import Block, DepthwiseSeparable, InvertedResidual, SqueezeExcite
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import bench_gpu
@@ -91,6 +91,28 @@ def test_bytes_of_skip_and_squeeze_excitation_are_those_counted_by_hand():
     assert step_bytes(excite, 1, size=5) == (250 + 700 + 3 * 12) * 4 + (4 + 8 + 2 + 8 + 4) * 32
 
 
+def test_bytes_of_a_block_computed_whole_are_those_counted_by_hand():
+    def conv1x1(in_channels, out_channels, groups=1):
+        return torch.nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    separable = _one_channel(
+        DepthwiseSeparable(4, 4, conv1x1)
+    )  # x, y and z of 100: 3 and 4 for the skip, 4, 9
+    parameters = 36 + 8 + 16 + 8
+    assert step_bytes(separable, 1, size=5, whole_blocks=True) == (7 + 4 + 9) * 100 * 4 + parameters * 32
+    # x 100, y 8 channels of 3 x 3, z 2 channels of them: 7, 4, 9; squeeze-excitation reads nothing more
+    block = InvertedResidual(4, 2, Block(2, 2, (3,), se_ratio=0.5, stride=2), conv1x1)
+    count = sum(p.numel() for p in block.parameters())
+    first = torch.nn.Conv2d(3, 4, 1, bias=False)  # 75 in, 100 out: 2 passes
+    moved = step_bytes(torch.nn.Sequential(first, block), 1, size=5, whole_blocks=True)
+    assert moved == (2 * 175 + 7 * 100 + 4 * 72 + 9 * 18) * 4 + (count + 12) * 32
+
+
+def test_a_network_of_whole_blocks_moves_less_than_half():
+    model = build_msunet()
+    assert step_bytes(model, 64, whole_blocks=True) < step_bytes(model, 64) / 2
+
+
 def _one_channel(block):
     """The block takes the only channels it can: those its first weight, (4, 1, 3, 3), seems to name."""
     block.register_forward_pre_hook(lambda module, args: (args[0].expand(-1, 4, -1, -1),))
@@ -125,7 +147,12 @@ def report(gpu: dict | None) -> dict:
             "step": both(15.76, 101.4),
             "data": both(3584.0, 56611.0, "images/s per core"),
             "peak memory of training": memory,
-            "share of copy bandwidth": {"bytes": 3.21e9, "share": 0.42, "copy GB/s": 11.0},
+            "share of copy bandwidth": {
+                "bytes": 3.21e9,
+                "bytes layer by layer": 9.14e9,
+                "share": 0.42,
+                "copy GB/s": 11.0,
+            },
         },
         "gpu": gpu,
         "hardware": {"cpu": "A Processor", "cores": 2},
@@ -143,7 +170,8 @@ def test_the_table_of_the_readme_comes_from_the_report():
         "| peak memory of training | 6.7 GB | 3.6 GB | 1.9 |",
     ]
     assert lines[6].startswith("2 threads on 2 cores of A Processor; medians of 5 alternated repeats")
-    assert "3.21 GB, and did so at 42 % of the bandwidth of a copy, 11.0 GB/s" in lines[6]
+    assert "moves 3.21 GB to and from memory, 42 % of what a copy at 11.0 GB/s would" in lines[6]
+    assert "layer by layer it would have to move 9.14 GB" in lines[6]
     assert lines[-1] == "On a GPU: not measured, there was none."
     failed = markdown(report({"failed": "RuntimeError: out of memory"})).splitlines()[-1]
     assert failed == "On a GPU: not measured, it failed (RuntimeError: out of memory)."
