@@ -675,6 +675,11 @@ def _double_products(u: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return pixels.transpose(1, 2) @ pixels, pixels.sum(1)
 
 
+def _centred(products: Tensor, sums: Tensor, values: int) -> Tensor:
+    """Sums of products (groups, inputs, inputs) of what is left of u without its mean."""
+    return products - sums[:, :, None] * sums[:, None] / values
+
+
 class _Expansion:
     """A block's first 1x1 convolution E and the norm behind it: both are linear in the block's input u.
 
@@ -691,13 +696,11 @@ class _Expansion:
         weights = self.ternary.weights().double()
         products, sums = _products(u, groups)
         largest = (weights.square() * products.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
-        covariances = weights @ (
-            products - sums[:, :, None] * sums[:, None] / values
-        )  # of Eu and u, times values
+        covariances = weights @ _centred(products, sums, values)  # of Eu and u, times values
         squares = (covariances * weights).sum(2)
         if (squares < CANCELLED * largest).any():  # differences of nearly equal channels, or a far pivot
             products, sums = _double_products(u, groups)
-            covariances = weights @ (products - sums[:, :, None] * sums[:, None] / values)
+            covariances = weights @ _centred(products, sums, values)
             squares = (covariances * weights).sum(2)
         self.mean = u[0, :, 0, 0].view(groups, inputs) + sums / values
         moments = torch.stack([(weights @ self.mean[:, :, None]).flatten(), squares.clamp(min=0).flatten()])
