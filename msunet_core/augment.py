@@ -1,7 +1,7 @@
 """Training augmentation as batch arithmetic, every random choice of an epoch drawn beforehand (SPEC 4 and 5).
 
 The per-image pipeline of torchvision, RandomCrop(32, padding=4), RandomHorizontalFlip, ColorJitter(0.4, 0.4,
-0.4), ToTensor, Normalize, spends its time in Python. Here the choices of a whole epoch are tensors, drawn on
+0.4), ToTensor, Normalize, RandomErasing(0.4), spends its time in Python. Here the choices of a whole epoch are tensors, drawn on
 the CPU from one generator that depends on seed, stage and epoch alone; a step only looks its row up and
 computes. So a resumed run needs no random state to be restored, a GPU sees the choices a CPU sees, processes
 share one plan by taking rows of it, and a step never waits for the host.
@@ -10,6 +10,7 @@ share one plan by taking rows of it, and a step never waits for the host.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,6 +23,10 @@ from .errors import StudyError
 PADDING = 4  # pixels of value 0 on each side before the crop, SPEC section 4
 JITTER = 0.4  # brightness, contrast and saturation factors lie in [1 - JITTER, 1 + JITTER], SPEC section 4
 CUTMIX_PROBABILITY = 0.5  # per batch, SPEC section 5
+ERASE_PROBABILITY = 0.4  # per image, SPEC section 4
+ERASE_AREA = (0.02, 1 / 3)  # share of the image
+ERASE_RATIO = (0.3, 1 / 0.3)  # height to width, uniform in its logarithm
+ERASE_TRIES = 10  # until both sides are shorter than the image's
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601 as torchvision rounds it
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -42,6 +47,7 @@ class StepPlan:
     factors: Tensor
     jitter_order: Tensor
     blend: Tensor
+    erase: Tensor
     partner: Tensor
     box: Tensor
     lam: Tensor
@@ -78,11 +84,12 @@ class EpochPlan:
     jitter_order : int64 (S, B), row of ``JITTER_ORDERS``: which of the three comes first, second, third
     blend : float32 (S, 3, 3, B), factors and jitter_order restated for :func:`jitter`: for the first,
         second and third operation the shares of the image itself, of its mean gray, of its gray
+    erase : int64 (S, B, 4), y0, y1, x0, x1 of the erased rectangle, end exclusive; all 0 where none is
     partner : int64 (S, B), a permutation of the batch: image b of each image a in CutMix
     box : int64 (S, 4), y0, y1, x0, x1, end exclusive, clipped to the image; may be empty
     lam : float32 (S,), share of the image outside the box, after clipping
     use_cutmix : bool (S,), stays on the CPU: the host decides by it what to run
-    augment : False for "clean" training: crop, flip and jitter are the identity and are skipped
+    augment : False for "clean" training: crop, flip, jitter and erasing are the identity and are skipped
     """
 
     order: Tensor
@@ -92,6 +99,7 @@ class EpochPlan:
     factors: Tensor
     jitter_order: Tensor
     blend: Tensor
+    erase: Tensor
     partner: Tensor
     box: Tensor
     lam: Tensor
@@ -118,7 +126,7 @@ class EpochPlan:
         return EpochPlan(**moved)
 
 
-PER_IMAGE = ("order", "dy", "dx", "flip", "factors", "jitter_order", "blend", "partner")
+PER_IMAGE = ("order", "dy", "dx", "flip", "factors", "jitter_order", "blend", "erase", "partner")
 
 
 def epoch_generator(seed: int, stage: str, epoch: int) -> torch.Generator:
@@ -135,6 +143,7 @@ def draw_epoch_plan(
     stage: str,
     epoch: int,
     cutmix_probability: float = CUTMIX_PROBABILITY,
+    erase_probability: float = ERASE_PROBABILITY,
     augment: bool = True,
     image_size: int = IMAGE_SIZE,
 ) -> EpochPlan:
@@ -145,7 +154,8 @@ def draw_epoch_plan(
     num_images : size of the training set, at least ``batch_size``
     seed, stage, epoch : name the plan; equal names give equal plans, and one differing part another plan
     cutmix_probability : per step, in [0, 1]
-    augment : False draws the same order and the same CutMix, with crop, flip and jitter the identity
+    erase_probability : per image, in [0, 1]
+    augment : False draws the same order and the same CutMix, with crop, flip, jitter and erasing the identity
     image_size : side of the images in pixels
 
     Raises
@@ -157,8 +167,9 @@ def draw_epoch_plan(
             f"batch_size {batch_size} does not fit {num_images} training images; "
             "choose a smaller batch, at least 1, or give more images"
         )
-    if not 0 <= cutmix_probability <= 1:
-        raise StudyError(f"cutmix_probability {cutmix_probability} is not a probability; choose one in 0..1")
+    for name, value in (("cutmix", cutmix_probability), ("erase", erase_probability)):
+        if not 0 <= value <= 1:
+            raise StudyError(f"{name}_probability {value} is not a probability; choose one in 0..1")
     draw = epoch_generator(seed, stage, epoch)
     steps = num_images // batch_size
     batch = (steps, batch_size)
@@ -172,12 +183,14 @@ def draw_epoch_plan(
     flip = torch.zeros(batch, dtype=torch.bool)
     factors = torch.ones(*batch, 3)
     jitter_order = torch.zeros(batch, dtype=torch.int64)
+    erase = torch.zeros(*batch, 4, dtype=torch.int64)
     if augment:
         dy = torch.randint(0, 2 * PADDING + 1, batch, generator=draw)
         dx = torch.randint(0, 2 * PADDING + 1, batch, generator=draw)
         flip = torch.rand(batch, generator=draw) < 0.5
         factors = 1 + JITTER * (2 * torch.rand(*batch, 3, generator=draw) - 1)
         jitter_order = torch.randint(0, len(JITTER_ORDERS), batch, generator=draw)
+        erase = draw_erasing(batch, image_size, erase_probability, draw)
     return EpochPlan(
         order=order,
         dy=dy,
@@ -186,6 +199,7 @@ def draw_epoch_plan(
         factors=factors,
         jitter_order=jitter_order,
         blend=blend_shares(factors, jitter_order),
+        erase=erase,
         partner=partner,
         box=box,
         lam=lam,
@@ -198,15 +212,38 @@ def draw_boxes(count: int, image_size: int, generator: torch.Generator) -> tuple
     """CutMix boxes int64 (count, 4) and the lambda float32 (count,) of their real areas (SPEC section 5).
 
     Lambda ~ Beta(1, 1), which is the uniform distribution; side sqrt(1 - lambda) x image_size, rounded
-    down; centre a uniform pixel; then clipped to the image.
+    down to whole pixels, half of it (rounded down again) on each side of a uniform pixel; then clipped to
+    the image.
     """
     lam = torch.rand(count, generator=generator, dtype=torch.float64)
-    side = ((1 - lam).sqrt() * image_size).long()
+    half = ((1 - lam).sqrt() * image_size).long() // 2
     centre = torch.randint(0, image_size, (2, count), generator=generator)
-    start = centre - side // 2
-    (y0, x0), (y1, x1) = start.clamp(min=0), (start + side).clamp(max=image_size)
+    (y0, x0), (y1, x1) = (centre - half).clamp(min=0), (centre + half).clamp(max=image_size)
     area = (y1 - y0) * (x1 - x0)
     return torch.stack((y0, y1, x0, x1), dim=1), 1 - area.float() / image_size**2
+
+
+def draw_erasing(
+    shape: tuple[int, ...], image_size: int, probability: float, generator: torch.Generator
+) -> Tensor:
+    """Rectangles of random erasing, int64 (*shape, 4), all 0 where nothing is erased (arXiv:1708.04896).
+
+    Area and aspect ratio as ``ERASE_AREA`` and ``ERASE_RATIO`` say, rounded to whole sides, drawn anew where
+    a side is not shorter than the image's, then placed uniformly (SPEC section 4).
+    """
+    is_erased = torch.rand(shape, generator=generator) < probability
+    area, ratio = torch.rand(2, ERASE_TRIES, *shape, generator=generator, dtype=torch.float64)
+    area = (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * area) * image_size**2
+    low, high = (math.log(bound) for bound in ERASE_RATIO)
+    ratio = (low + (high - low) * ratio).exp()
+    sides = torch.stack(((area * ratio).sqrt(), (area / ratio).sqrt())).round().long()
+    fits = (sides < image_size).all(0)
+    first = fits.to(torch.uint8).argmax(0)  # the first try that fits
+    sides = sides.gather(1, first.expand(2, 1, *shape)).squeeze(1) * (is_erased & fits.any(0))
+    start = torch.rand(2, *shape, generator=generator, dtype=torch.float64)
+    start = (start * (image_size - sides + 1)).long() * (sides > 0)
+    (y0, x0), (y1, x1) = start, start + sides
+    return torch.stack((y0, y1, x0, x1), dim=-1)
 
 
 def blend_shares(factors: Tensor, jitter_order: Tensor) -> Tensor:
@@ -219,7 +256,7 @@ def blend_shares(factors: Tensor, jitter_order: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, plan: StepPlan) -> Tensor:
-    """Crop, flip, jitter and standardise a batch.
+    """Crop, flip, jitter, standardise and erase a batch.
 
     Parameters
     ----------
@@ -232,12 +269,10 @@ def augment(images: Tensor, plan: StepPlan) -> Tensor:
     Nothing in here waits for the device, so it can be part of a CUDA graph.
     """
     planes = images.permute(0, 3, 1, 2)
-    if plan.augment:
-        planes = crop_and_flip(images, plan.dy, plan.dx, plan.flip)
-        planes = jitter(planes.float().div_(255), plan.blend)
-    else:
-        planes = planes.float().div_(255)
-    return standardise(planes)
+    if not plan.augment:
+        return standardise(planes.float().div_(255))
+    planes = crop_and_flip(images, plan.dy, plan.dx, plan.flip)
+    return erase(standardise(jitter(planes.float().div_(255), plan.blend)), plan.erase)
 
 
 def crop_and_flip(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
@@ -275,3 +310,14 @@ def jitter(images: Tensor, blend: Tensor) -> Tensor:
         reference = gray.mul_(of_gray).add_(mean * of_mean)
         torch.addcmul(reference[:, None], images, own[:, None], out=images).clamp_(0, 1)
     return images
+
+
+def erase(images: Tensor, rectangles: Tensor) -> Tensor:
+    """Set a rectangle of each image to 0, in standardised values the mean colour; in place.
+
+    images : (B, C, H, W); rectangles : int64 (B, 4) of y0, y1, x0, x1, end exclusive. Returns ``images``.
+    """
+    y0, y1, x0, x1 = rectangles[..., None].unbind(1)
+    y, x = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+    inside = ((y >= y0) & (y < y1))[:, :, None] & ((x >= x0) & (x < x1))[:, None, :]
+    return images.masked_fill_(inside[:, None], 0.0)

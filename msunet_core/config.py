@@ -56,14 +56,17 @@ class StageConfig:
     warmup_epochs: int = 5
     warmup_lr: float = 1e-4
     final_lr: float = 0.0
+    cycle_epochs: int | None = None  # "cosine" starts anew after so many; None: one over all epochs
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    augment: bool = True
+    label_smoothing: float = 0.0
+    augment: bool = True  # False: "clean" images, none of crop, flip, jitter and erasing
+    erase_probability: float = 0.4  # random erasing, per image
     # Progressive resizing: side in pixels of the training images of each epoch, whole ones after the last.
     image_sizes: tuple[int, ...] = ()
     cutmix_probability: float = 0.5
     cutmix_until: int | None = None  # first epoch without CutMix; None: on to the end
-    consistency: str = "as-described"
+    consistency: str = "as-released"
     alpha: float | None = None  # fixed threshold; None: the schedule from alpha_start to alpha_end
     alpha_start: int = 20
     alpha_end: int = 400
@@ -89,6 +92,8 @@ class StageConfig:
             ("final_lr", 0, 100),
             ("momentum", 0, 1),
             ("weight_decay", 0, 1),
+            ("label_smoothing", 0, 1),
+            ("erase_probability", 0, 1),
             ("cutmix_probability", 0, 1),
             ("ramp_epochs", 0, 100_000),
             ("checkpoint_every", 1, 100_000),
@@ -111,6 +116,8 @@ class StageConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
+        if self.cycle_epochs is not None and self.cycle_epochs < 1:
+            raise StudyError(f"cycle_epochs {self.cycle_epochs} is not 1 or more; correct it in the profile")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise StudyError(f"alpha {self.alpha!r} is not a number >= 0; 0.67749 is the published threshold")
         if not 0 <= self.alpha_start <= self.alpha_end:

@@ -28,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from .cutmix import thirds
 from .errors import StudyError
 
 FIRST_FAULT = "msunet/first-fault"
@@ -66,8 +67,8 @@ class Processes:
                 f"batch_size {batch_size} is too small for {self.world} processes; give at least "
                 f"{3 * self.world} or start fewer"
             )
-        thirds = torch.arange(batch_size).tensor_split(3)
-        return torch.cat([third.tensor_split(self.world)[self.rank] for third in thirds])
+        whole = thirds(torch.arange(batch_size))
+        return torch.cat([third.tensor_split(self.world)[self.rank] for third in whole])
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """``model`` with gradients that are means over the processes; the module itself if alone.

@@ -36,7 +36,7 @@ from .evaluation import BATCH_SIZE, accuracy, class_scores
 from .events import Events
 from .files import atomic_write, lock_folder, write_fault
 from .pruning import GROUPS, cubic_sparsity
-from .ternary import set_alpha
+from .ternary import layer_statistics, set_alpha
 from .training import (
     MIN_LOSS_SCALE,
     Learner,
@@ -81,8 +81,8 @@ def train(
     model : FP32 network; trained in place
     data : images and labels; the test half is only looked at, it chooses nothing
     config : the recipe
-    folder : gets ``checkpoint.safetensors``, ``history.csv``, ``metrics.json``, ``log.txt`` and events for
-        TensorBoard
+    folder : gets ``checkpoint.safetensors``, ``history.csv``, ``layers.csv`` (the ternary layers after each
+        epoch), ``metrics.json``, ``log.txt`` and events for TensorBoard
     seed : int, of every random choice (default 0)
     device : "auto", "cpu", "cuda", ...
     progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
@@ -174,6 +174,7 @@ class _Stage:
             )
         self.learner = Learner(model.to(device), config, processes)
         self.history: list[dict] = []
+        self.layers = self._layer_rows(0)
         self.epoch = 0
         self.step = 0
         self.losses = torch.zeros(self.steps, dtype=torch.float64)
@@ -212,6 +213,7 @@ class _Stage:
             )
         self.learner.load(tensors, info["learner"])
         self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
+        self.layers = info["layers"]
         self.read = self.step
         self.losses[: self.step] = torch.tensor(info["losses"], dtype=torch.float64)
         self.resumed = self.step > 0
@@ -246,6 +248,7 @@ class _Stage:
             "step": self.step,
             "losses": self.losses[: self.step].tolist(),
             "history": self.history,
+            "layers": self.layers,
             "learner": numbers,
         }
         if self.processes.writes:
@@ -294,6 +297,7 @@ class _Stage:
             stage=self.stage,
             epoch=self.epoch,
             cutmix_probability=config.cutmix_probability if cutmix_on else 0.0,
+            erase_probability=config.erase_probability,
             augment=config.augment,
         ).to(self.device)
         learner.begin_epoch(self.epoch, resumed=self.resumed)
@@ -347,8 +351,13 @@ class _Stage:
         measured = self._evaluate(stop) if tested else dict.fromkeys(("top1", "top5", "loss"), math.nan)
         row.update({f"test_{name}": value for name, value in measured.items()})
         self.history.append(row)
+        self.layers += self._layer_rows(self.epoch + 1)
         self.epoch, self.step, self.read = self.epoch + 1, 0, 0
         return row
+
+    def _layer_rows(self, epochs: int) -> list[dict]:
+        """How the ternary layers are after so many epochs."""
+        return [{"epochs": epochs, **row} for row in layer_statistics(self.learner.model)]
 
     def _evaluate(self, stop: _StopSignals) -> dict[str, float]:
         count = len(self.test_images)
@@ -390,12 +399,13 @@ class _Stage:
     def _write_tables(self) -> None:
         if not self.processes.writes:
             return
-        text = io.StringIO()
-        if self.history:
-            writer = csv.DictWriter(text, self.history[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-        atomic_write(self.folder / "history.csv", text.getvalue())
+        for name, rows in (("history.csv", self.history), ("layers.csv", self.layers)):
+            text = io.StringIO()
+            if rows:
+                writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            atomic_write(self.folder / name, text.getvalue())
         if self.epoch >= self.config.epochs:
             atomic_write(self.folder / "metrics.json", json.dumps(self._metrics(), indent=1) + "\n")
 

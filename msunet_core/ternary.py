@@ -1,7 +1,7 @@
 """Ternary 1x1 convolutions (after arXiv:1802.08530; SPEC section 3).
 
-A weight tensor W is replaced by T in {-1, 0, +1} and one scale. The float W is kept and
-trained: its gradient is the one of T, passed straight through.
+A weight tensor W is replaced by K = sqrt(M) * T with T in {-1, 0, +1}. The float W is kept and
+trained: it gets the gradient of K unchanged, straight through.
 """
 
 from __future__ import annotations
@@ -68,18 +68,9 @@ def ternary_scale(signs: Tensor) -> Tensor:
     return (2.0 / fan_in * signs.numel() / nonzeros).sqrt().to(signs.dtype)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward: scale * T. Backward: the gradient of T, given to W unchanged."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
-        ctx.scale = scale
-        return (signs * scale).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        # The layer is scale * conv(x, T), so dL/dT is the folded kernel's gradient times scale.
-        return grad * ctx.scale.to(grad.dtype), None, None
+def straight_through(kernel: Tensor, weight: Tensor) -> Tensor:
+    """The values of ``kernel`` with the gradient of ``weight``: dL/dW is dL/dK."""
+    return kernel.to(weight.dtype) + (weight - weight.detach())
 
 
 class TernaryConv2d(nn.Conv2d):
@@ -145,7 +136,7 @@ def folded_kernel(layers: tuple[TernaryConv2d, ...]) -> Tensor:
     if layers not in known:
         signs = [layer.signs() for layer in layers]
         folded = [
-            _StraightThrough.apply(layer.weight, s, ternary_scale(s))
+            straight_through(s * ternary_scale(s), layer.weight)
             for layer, s in zip(layers, signs, strict=True)
         ]
         known[layers] = folded[0] if len(folded) == 1 else torch.cat(folded)
@@ -168,6 +159,29 @@ def ternary_layers(model: nn.Module) -> dict[str, TernaryConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TernaryConv2d)}
 
 
+def layer_statistics(model: nn.Module) -> list[dict]:
+    """What tells whether ternary weights are still learning, a row a layer.
+
+    Returns
+    -------
+    dicts of ``layer`` (its name), ``spread`` (standard deviation of W), ``zeros`` (share of T that is 0) and
+    ``empty_channels`` (share of output channels of which all of T is 0). W has no clipping and T does not
+    depend on its size: a spread that runs away freezes T.
+    """
+    rows = []
+    for name, layer in ternary_layers(model).items():
+        signs = layer.signs()
+        rows.append(
+            {
+                "layer": name,
+                "spread": layer.weight.detach().float().std().item(),
+                "zeros": (signs == 0).double().mean().item(),
+                "empty_channels": (signs == 0).flatten(1).all(1).double().mean().item(),
+            }
+        )
+    return rows
+
+
 def set_alpha(model: nn.Module, alpha: float) -> None:
     """Set the threshold of every ternary layer (binary ones ignore it)."""
     for layer in ternary_layers(model).values():
@@ -181,7 +195,7 @@ def freeze_ternary(model: nn.Module) -> None:
 
 
 def alpha_schedule(epoch: int, start: int = 20, end: int = 400) -> float:
-    """Alpha of an epoch: 0 before ``start``, linear up to 0.67449 at ``end``, 0.67749 from there on."""
+    """Alpha of an epoch: 0 up to ``start``, linear up to 0.67449 at ``end``, 0.67749 from there on."""
     if epoch >= end:
         return ALPHA
     return max(0.0, (epoch - start) / (end - start)) * ALPHA_RAMP_END

@@ -37,7 +37,8 @@ def learning_rate(config: StageConfig, epoch: int, part: float = 0.0) -> float:
     if epoch < config.warmup_epochs:
         return config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs
     if config.schedule == "cosine":
-        turn = math.pi * (epoch - config.warmup_epochs) / max(1, config.epochs - config.warmup_epochs)
+        at = (epoch - config.warmup_epochs) % (config.cycle_epochs or math.inf)
+        turn = math.pi * at / (config.cycle_epochs or max(1, config.epochs - config.warmup_epochs))
         return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(turn)) / 2
     return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
 
@@ -205,16 +206,24 @@ class Learner:
     def _share_loss(self, images: Tensor, labels: Tensor, plan: StepPlan, own: StepPlan) -> Tensor:
         inputs, targets = augment(images[own.order], own), labels[own.order]
         if not plan.use_cutmix:
-            return F.cross_entropy(self.scores(inputs), targets)
+            return self.cross_entropy(inputs, targets)
         others = plan.rows(plan.partner[self.rows])  # anywhere in the batch
         partners = augment(images[others.order], others), targets, labels[others.order]
-        return mixed_loss(self.scores, inputs, *partners, plan.box, plan.lam, self.config.consistency)[0]
+        return mixed_loss(self.scores, inputs, *partners, plan.box, plan.lam, *self._mixing)[0]
 
     def loss(self, inputs: Tensor, targets: Tensor, plan: StepPlan) -> Tensor:
         if plan.use_cutmix:
-            mode = self.config.consistency
-            return cutmix_loss(self.scores, inputs, targets, plan.partner, plan.box, plan.lam, mode)[0]
-        return F.cross_entropy(self.scores(inputs), targets)
+            chosen = plan.partner, plan.box, plan.lam
+            return cutmix_loss(self.scores, inputs, targets, *chosen, *self._mixing)[0]
+        return self.cross_entropy(inputs, targets)
+
+    @property
+    def _mixing(self) -> tuple[str, float]:
+        return self.config.consistency, self.config.label_smoothing
+
+    def cross_entropy(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(self.scores(inputs), targets, label_smoothing=smoothing)
 
     def scores(self, inputs: Tensor) -> Tensor:
         """Class scores of images (B, 3, 32, 32), shrunk to this epoch's size by the mean of their pixels."""
