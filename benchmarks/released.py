@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from msunet_core.data import MEAN, STD
-from msunet_core.network import V3_BLOCKS, split_channels
-from msunet_core.ternary import ALPHA
+from msunet_core.data.images import MEAN, STD
+from msunet_core.model.network import V3_BLOCKS, split_channels
+from msunet_core.model.ternary import ALPHA
 
 
 class Swish(nn.Module):

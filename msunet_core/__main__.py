@@ -8,14 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import StudyError, evaluate, load_checkpoint, load_data, load_profile, prune, score, train
-from .config import Profile, profile_names
-from .data import save_npz
-from .distributed import first_to_fail, rank
-from .packed import load_network, pack, provenance_of, shipped, unpack
-from .precision import OPT_LEVELS
-from .stages import CHECKPOINT, resolve_device
-from .study import new_network
+from .data.sources import load_data, save_npz
+from .errors import StudyError
+from .measure.evaluation import evaluate
+from .measure.pack import pack, provenance_of
+from .measure.scoring import score
+from .measure.unpack import load_network, shipped, unpack
+from .model.checkpoint import load_checkpoint
+from .model.precision import OPT_LEVELS
+from .study.profile import Profile, load_profile, profile_names
+from .study.run import new_network
+from .training.distributed import first_to_fail, rank
+from .training.stages import CHECKPOINT, prune, resolve_device, train
 
 SOURCES_HELP = "synthetic, cifar100, an .npz or a folder"
 

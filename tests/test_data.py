@@ -20,8 +20,9 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from msunet_core import data as room
-from msunet_core.data import ARRAYS, MEAN, STD, ImageData, load_data, normalise, save_npz
+from msunet_core.data import sources as room
+from msunet_core.data.images import ARRAYS, MEAN, STD, ImageData, normalise
+from msunet_core.data.sources import load_data, save_npz
 from msunet_core.errors import StudyError
 
 NAMES = ("apple", "bear", "cup")
