@@ -14,7 +14,7 @@ from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.scoring import score
 from .measure.unpack import load_network, shipped, unpack
-from .model.checkpoint import load_checkpoint
+from .model.checkpoint import load_checkpoint, read_momentum
 from .model.precision import OPT_LEVELS
 from .study.profile import Profile, load_profile, profile_names
 from .study.run import new_network
@@ -134,9 +134,10 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_prune(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
-    model, _ = load_checkpoint(_file(arguments.checkpoint), profile.network.variant)
-    data = _data(profile)
-    _tell(prune(model, data, profile.prune, arguments.out, seed=profile.seed, device=profile.device))
+    start = _file(arguments.checkpoint)
+    model, _ = load_checkpoint(start, profile.network.variant)
+    options = dict(seed=profile.seed, device=profile.device, momentum=read_momentum(start))
+    _tell(prune(model, _data(profile), profile.prune, arguments.out, **options))
 
 
 def run_validate(arguments: argparse.Namespace) -> None:

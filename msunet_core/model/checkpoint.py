@@ -182,6 +182,19 @@ def load_checkpoint(
     return model.eval(), info
 
 
+def read_momentum(path: str | Path) -> dict[str, Tensor]:
+    """Momentum of SGD by parameter name, FP32, of a checkpoint of the study's own; empty of another file.
+
+    Published checkpoints hold an optimizer's state by number, not by name, so theirs is not taken.
+    """
+    path = Path(path)
+    _refuse_missing(path)
+    if not _is_safetensors(path):
+        return {}
+    tensors, _ = read_checkpoint(path)
+    return {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
+
+
 def _refuse_missing(path: Path) -> None:
     if not path.is_file():
         raise StudyError(f"checkpoint {str(path)!r} is not a file; check the path")

@@ -9,8 +9,9 @@ also what the tensor cores of a GPU do.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,17 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 _WIDENED = {torch.conv2d, F.conv2d, F.linear, torch._C._nn.linear, F.batch_norm, torch.batch_norm}
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside this context a GPU multiplies FP32 numbers as such, not rounded to TF32 (specification §6)."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class WidenHalf(TorchFunctionMode):

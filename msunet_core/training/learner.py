@@ -119,6 +119,12 @@ class Learner:
         self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
         self.image_size = IMAGE_SIZE
 
+    def take_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """Begin with this momentum of SGD, by parameter name; what is not named, or frozen now, with none."""
+        for name, parameter in self.masters.parameters.items():
+            if name in momentum:
+                self.sgd.state[parameter]["momentum_buffer"].copy_(momentum[name])
+
     def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:
         """Set alpha, rate and image size; choose this epoch's masks, unless they came with a checkpoint."""
         self.image_size = image_size_of_epoch(self.config, epoch)
