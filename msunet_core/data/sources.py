@@ -1,4 +1,4 @@
-"""The images: uint8 tensors from the embedded set, CIFAR-100, an .npz or a folder of PNGs (SPEC section 4).
+"""The images: uint8 tensors from the embedded set, CIFAR-100, an .npz or a folder of PNGs (specification §4).
 
 Whatever the source, the result is the same five arrays, checked at the door: what does not fit is refused by
 a :class:`StudyError` of one line. Files may come from strangers: nothing is unpickled, and no array is
@@ -25,7 +25,7 @@ from .images import ARRAYS, IMAGE_SIZE, ImageData
 from .synthetic import make_synthetic
 
 SOURCES = ("synthetic", "cifar100")
-CIFAR100_PER_CLASS = (500, 100)  # 50,000 and 10,000 images, SPEC section 4
+CIFAR100_PER_CLASS = (500, 100)  # 50,000 and 10,000 images, specification §4
 MAX_ARRAY_BYTES = 2**32  # 1.4 million images; a file that claims more is damaged or hostile
 DOWNLOAD_ATTEMPTS = 2
 DOWNLOAD_SILENCE = 30  # seconds without a byte before a download counts as cut

@@ -144,7 +144,7 @@ def load_checkpoint(
     Parameters
     ----------
     path : file; a published one is read by torch.load with ``weights_only=True`` and
-        ``argparse.Namespace`` as the only further class (SPEC section 10), so nothing in it can run
+        ``argparse.Namespace`` as the only further class (specification §10), so nothing in it can run
     variant : "v1", "v2" or "v3", the network the file must hold
     weights : "ternary", "binary" or "float"; None: what the file says, else "ternary"
 

@@ -1,4 +1,4 @@
-"""The opt levels O0 to O3 of apex.amp, on plain PyTorch (SPEC section 8).
+"""The opt levels O0 to O3 of apex.amp, on plain PyTorch (specification §8).
 
 NVIDIA removed ``amp`` from apex in May 2025, so the study carries its own. On a GPU half tensors
 run in half kernels. On a CPU those kernels are 10 to 40 times slower than FP32, so there the
@@ -127,7 +127,7 @@ def apply_opt_level(model: nn.Module, level: str = "O0", *, backend: str = "nati
     Parameters
     ----------
     model : FP32 module whose forward takes one tensor (B, C, H, W)
-    level : "O0", "O1", "O2" or "O3" (SPEC section 8)
+    level : "O0", "O1", "O2" or "O3" (specification §8)
     backend : "native", or "apex" for a legacy NVIDIA apex that still has ``apex.amp`` (CUDA only)
 
     Raises

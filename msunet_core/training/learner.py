@@ -1,4 +1,4 @@
-"""One training step and all that it changes (SPEC sections 5 to 8)."""
+"""One training step and all that it changes (specification §5 to §8)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Learner:
     config : the stage; O3 is refused, it has no master weights to train
     processes : this one among those that train together
 
-    Nesterov SGD; weight decay only on tensors of two or more dimensions (SPEC section 6).
+    Nesterov SGD; weight decay only on tensors of two or more dimensions (specification §6).
     """
 
     def __init__(self, model: nn.Module, config: StageConfig, processes: Processes | None = None):

@@ -62,7 +62,7 @@ class StageResult:
 def train(
     model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
 ) -> StageResult:
-    """Ternary training (SPEC section 6), in ``folder``; goes on where a checkpoint there stopped.
+    """Ternary training (specification §6), in ``folder``; goes on where a checkpoint there stopped.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def train(
 def prune(
     model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
 ) -> StageResult:
-    """Pruning (SPEC section 7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
+    """Pruning (specification §7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
     if config.pruner == "none":
         raise StudyError("pruner 'none' prunes nothing; choose V1, V2 or V3, or call train")
     return _run_stage("prune", model, data, config, Path(folder), **options)
