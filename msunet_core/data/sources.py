@@ -71,6 +71,34 @@ def load_data(
     return ImageData(**tensors, class_names=tuple(arrays["class_names"].tolist()), source=name)
 
 
+def hold_out(data: ImageData, per_class: int) -> ImageData:
+    """The training half alone: to test on the last ``per_class`` of each class, to train on the others.
+
+    A recipe is chosen on these; the test images choose nothing.
+
+    Raises
+    ------
+    StudyError : a class would have no image left to train on, or none to test on
+    """
+    labels = data.train_labels.numpy()
+    fewest = np.bincount(labels, minlength=data.num_classes).min()
+    if not 1 <= per_class < fewest:
+        raise StudyError(
+            f"hold-out {per_class} of each class is outside 1 .. {fewest - 1}, with {fewest} training images "
+            "in the smallest class; choose another number"
+        )
+    held = torch.from_numpy(len(labels) - 1 - _first_of_each_class(labels[::-1], per_class))
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[held] = False
+    images = [
+        data.train_images[kept],
+        data.train_labels[kept],
+        data.train_images[held],
+        data.train_labels[held],
+    ]
+    return ImageData(*images, class_names=data.class_names, source=f"{data.source}, {per_class} held out")
+
+
 def save_npz(data: ImageData, path: str | os.PathLike) -> None:
     """Write a data set as the .npz that :func:`load_data` reads, whole or not at all, without pickles."""
     arrays = {name: getattr(data, name).cpu().numpy() for name in ARRAYS[:4]}
