@@ -85,7 +85,7 @@ globalThis.MSUNet = (() => {
     add("relu", "blocks.0.0.act");
     conv("blocks.0.0.conv_pw", "1x1", channels, {});
     add("norm", "blocks.0.0.bn2");
-    add("skip", "blocks.0.0");
+    add("skip", "blocks.0.0 + skip");
     VARIANTS[variant].forEach((stage, s) => stage.forEach((block, b) => {
       const name = `blocks.${s + 1}.${b}`;
       const { stride = 1, split = [1, 1], act = "swish", kernels } = block;
@@ -101,7 +101,7 @@ globalThis.MSUNet = (() => {
       if (block.se) squeezeExcite(`${name}.se`, Math.floor(before * block.se));
       conv(`${name}.conv_pwl`, "1x1", out, { split: split[1] });
       add("norm", `${name}.bn3`);
-      if (hasSkip) add("skip", name);
+      if (hasSkip) add("skip", `${name} + skip`);
     }));
     conv("conv_head", "1x1", scaled(HEAD_CHANNELS), {});
     add("norm", "bn2");
