@@ -116,7 +116,7 @@
     find("time").textContent =
       `${last.toFixed(0)} ms for this picture` +
       (times.length > 1 ? `, ${median.toFixed(0)} ms the median of the last ${times.length}` : "") +
-      ", on one core, in plain JavaScript.";
+      ", on one core, in plain JavaScript; the first ones while the browser still compiles it.";
     if (!camera) say(`${what}: ${names[order[0]]}, with ${((100 * parts[order[0]]) / total).toFixed(0)} %.`);
   }
 
@@ -154,7 +154,7 @@
     for (let i = 0; i < maps * pixels; i++) {
       const [map, y, x] = [Math.floor(i / pixels), Math.floor((i % pixels) / step.size), i % step.size];
       const at = (Math.floor(map / across) * tile + y) * canvas.width + (map % across) * tile + x;
-      const grey = high > low ? (255 * (values[i] - low)) / (high - low) : 0;
+      const grey = high > low ? 255 * Math.sqrt((values[i] - low) / (high - low)) : 0; // the root: dark ones show
       image.data.set([grey, grey, grey, 255], 4 * at);
     }
     context.putImageData(image, 0, 0);
