@@ -59,8 +59,15 @@ globalThis.MSUNet = (() => {
       let from = 0;
       const parts = outs.map((part, i) => {
         const made = {
-          name: count > 1 ? `${name}.${i}` : name, role, from, inputs: own ? 1 : ins[i], own,
-          out: part, kernel: kernels[i] ?? kernels[0], stride, bias: false,
+          name: count > 1 ? `${name}.${i}` : name,
+          role,
+          from,
+          inputs: own ? 1 : ins[i],
+          own,
+          out: part,
+          kernel: kernels[i] ?? kernels[0],
+          stride,
+          bias: false,
         };
         from += ins[i];
         return made;
@@ -86,23 +93,25 @@ globalThis.MSUNet = (() => {
     conv("blocks.0.0.conv_pw", "1x1", channels, {});
     add("norm", "blocks.0.0.bn2");
     add("skip", "blocks.0.0 + skip");
-    VARIANTS[variant].forEach((stage, s) => stage.forEach((block, b) => {
-      const name = `blocks.${s + 1}.${b}`;
-      const { stride = 1, split = [1, 1], act = "swish", kernels } = block;
-      const [before, out] = [channels, scaled(block.out)];
-      const hasSkip = stride === 1 && before === out;
-      if (hasSkip) add("keep", name);
-      conv(`${name}.conv_pw`, "1x1", before * block.expand, { split: split[0] });
-      add("norm", `${name}.bn1`);
-      add(act, `${name}.act1`);
-      conv(`${name}.conv_dw`, block.se ? "dw" : "first dw", channels, { kernels, stride, own: true });
-      add("norm", `${name}.bn2`);
-      add(act, `${name}.act2`);
-      if (block.se) squeezeExcite(`${name}.se`, Math.floor(before * block.se));
-      conv(`${name}.conv_pwl`, "1x1", out, { split: split[1] });
-      add("norm", `${name}.bn3`);
-      if (hasSkip) add("skip", `${name} + skip`);
-    }));
+    VARIANTS[variant].forEach((stage, s) =>
+      stage.forEach((block, b) => {
+        const name = `blocks.${s + 1}.${b}`;
+        const { stride = 1, split = [1, 1], act = "swish", kernels } = block;
+        const [before, out] = [channels, scaled(block.out)];
+        const hasSkip = stride === 1 && before === out;
+        if (hasSkip) add("keep", name);
+        conv(`${name}.conv_pw`, "1x1", before * block.expand, { split: split[0] });
+        add("norm", `${name}.bn1`);
+        add(act, `${name}.act1`);
+        conv(`${name}.conv_dw`, block.se ? "dw" : "first dw", channels, { kernels, stride, own: true });
+        add("norm", `${name}.bn2`);
+        add(act, `${name}.act2`);
+        if (block.se) squeezeExcite(`${name}.se`, Math.floor(before * block.se));
+        conv(`${name}.conv_pwl`, "1x1", out, { split: split[1] });
+        add("norm", `${name}.bn3`);
+        if (hasSkip) add("skip", `${name} + skip`);
+      }),
+    );
     conv("conv_head", "1x1", scaled(HEAD_CHANNELS), {});
     add("norm", "bn2");
     add("relu", "act2");
@@ -143,16 +152,14 @@ globalThis.MSUNet = (() => {
     };
     const bits = (name, count) => {
       const start = take(name, count, 8 * streams[name].length);
-      return Uint8Array.from({ length: count }, (_, i) => (streams[name][(start + i) >> 3] >> ((start + i) & 7)) & 1);
+      const at = (i) => (streams[name][i >> 3] >> (i & 7)) & 1;
+      return Uint8Array.from({ length: count }, (_, i) => at(start + i));
     };
     const steps = outline(info.network);
     let letter = "";
     let next = 0;
     for (const step of steps) {
-      for (const part of step.parts ?? []) {
-        letter = info.layers[next++];
-        fill(part, letter, halves, bits);
-      }
+      for (const part of step.parts ?? []) fill(part, (letter = info.layers[next++]), halves, bits);
       if (step.kind === "norm") Object.assign(step, norm(step.channels, letter, info, halves));
     }
     const rest = streams.half.length !== 2 * used.half || next !== info.layers.length;
@@ -178,7 +185,7 @@ globalThis.MSUNet = (() => {
     return { info, streams: { half: stream("half"), mask: stream("mask"), sign: stream("sign") } };
   }
 
-  // Weights as rows of non-zero taps: output o sums values[i] * tap taps[i], i from starts[o] to starts[o + 1];
+  // Weights as rows of non-zero taps: output o sums values[i] * tap taps[i], starts[o] <= i < starts[o + 1];
   // then comes the factor. A tap is a place in the kernel (in, row, column).
   function fill(part, letter, halves, bits) {
     const kernel = part.inputs * part.kernel ** 2;
@@ -187,7 +194,9 @@ globalThis.MSUNet = (() => {
     if (signed) halves(1); // the scale as O3 has it; O0 computes it again, below
     const mask = "TS".includes(letter) ? bits("mask", count) : new Uint8Array(count).fill(1);
     const nonzeros = mask.reduce((sum, bit) => sum + bit, 0);
-    const values = signed ? Float32Array.from(bits("sign", nonzeros), (bit) => 1 - 2 * bit) : halves(nonzeros);
+    const values = signed
+      ? Float32Array.from(bits("sign", nonzeros), (bit) => 1 - 2 * bit)
+      : halves(nonzeros);
     const [starts, taps] = [new Uint32Array(part.out + 1), new Uint32Array(nonzeros)];
     for (let o = 0, i = 0; o < part.out; o++) {
       for (let tap = 0; tap < kernel; tap++) if (mask[o * kernel + tap]) taps[i++] = tap;
@@ -195,7 +204,15 @@ globalThis.MSUNet = (() => {
     }
     const factor = signed ? Math.sqrt(((2 / kernel) * count) / Math.max(nonzeros, 1)) : 1;
     const zeros = 1 - nonzeros / count;
-    Object.assign(part, { letter, starts, taps, values, factor, zeros, biases: part.bias ? halves(part.out) : null });
+    Object.assign(part, {
+      letter,
+      starts,
+      taps,
+      values,
+      factor,
+      zeros,
+      biases: part.bias ? halves(part.out) : null,
+    });
   }
 
   // A batch norm is x * scale + shift.
@@ -212,7 +229,7 @@ globalThis.MSUNet = (() => {
 
   // --- computing ---------------------------------------------------------------------------------
 
-  // x (channels, size, size), flat; every convolution but the 1x1 ones. Each tap is laid over the whole map.
+  // Every convolution but the 1x1 ones; x is flat (channel, row, column). Each tap runs over a whole map.
   function spread(x, size, part, out, offset) {
     const { kernel, stride, from, own, starts, taps, values } = part;
     const [padding, side] = [(kernel - 1) / 2, size / stride];
@@ -221,7 +238,7 @@ globalThis.MSUNet = (() => {
       for (let i = starts[o]; i < starts[o + 1]; i++) {
         const value = values[i];
         const plane = from + (own ? o : Math.floor(taps[i] / (kernel * kernel)));
-        const [dy, dx] = [Math.floor(taps[i] / kernel) % kernel - padding, taps[i] % kernel - padding];
+        const [dy, dx] = [(Math.floor(taps[i] / kernel) % kernel) - padding, (taps[i] % kernel) - padding];
         const first = Math.max(0, Math.ceil(-dx / stride));
         const last = Math.min(side, Math.floor((size - 1 - dx) / stride) + 1);
         for (let row = 0; row < side; row++) {
@@ -237,7 +254,7 @@ globalThis.MSUNet = (() => {
     }
   }
 
-  // 1x1: whole maps are added, four at a time. A ternary layer only adds and subtracts.
+  // 1x1: whole maps are added, four at a time.
   function mix(x, pixels, part, out, offset) {
     const { from, starts, taps, values, factor } = part;
     for (let o = 0; o < part.out; o++) {

@@ -53,7 +53,13 @@ globalThis.MSUNetScore = (() => {
       }
       const bias = part.bias ? 1 : 0;
       const params = mask + size * left * stored + bias * part.out * stored;
-      add(part.name, masked ? "sparse conv" : "dense conv", params, fanIn * left * out * product, adds + bias * out * sum);
+      add(
+        part.name,
+        masked ? "sparse conv" : "dense conv",
+        params,
+        fanIn * left * out * product,
+        adds + bias * out * sum,
+      );
     }
     function linear(part) {
       const size = part.inputs * part.out;
@@ -93,7 +99,7 @@ globalThis.MSUNetScore = (() => {
     return { params, mults, adds, flops, value: params / REFERENCE.params + flops / REFERENCE.flops, layers };
   }
 
-  // The amount between from and to at which measure(amount), which runs one way, is the wanted one; else null.
+  // The amount between from and to at which measure, which runs one way, gives what is wanted; or null.
   function solve(measure, wanted, from, to) {
     if ((measure(from) - wanted) * (measure(to) - wanted) > 0) return null;
     const falls = measure(from) > measure(to);
@@ -109,7 +115,11 @@ globalThis.MSUNetScore = (() => {
   function published(name) {
     const half = name !== "v1";
     const setting = {
-      variant: name, weights: "ternary", width: 1, classes: 100, official: false,
+      variant: name,
+      weights: "ternary",
+      width: 1,
+      classes: 100,
+      official: false,
       bits: half ? { weights: 16, activations: 16, sums: 32 } : { weights: 32, activations: 32, sums: 32 },
       zeros: { ternary: 0, se: 0.9, dw: half ? 0.5 : 0, classifier: 0 },
     };
@@ -131,8 +141,13 @@ globalThis.MSUNetScore = (() => {
   const CHALLENGE_BEST = [0.0054, 0.004169];
   // Slider -> its place in a setting. The name is that of its element.
   const SLIDERS = {
-    weights: ["bits", "weights"], activations: ["bits", "activations"], sums: ["bits", "sums"],
-    ternary: ["zeros", "ternary"], se: ["zeros", "se"], dw: ["zeros", "dw"], classifier: ["zeros", "classifier"],
+    weights: ["bits", "weights"],
+    activations: ["bits", "activations"],
+    sums: ["bits", "sums"],
+    ternary: ["zeros", "ternary"],
+    se: ["zeros", "se"],
+    dw: ["zeros", "dw"],
+    classifier: ["zeros", "classifier"],
     width: ["width"],
   };
   const WORDS = {
@@ -143,9 +158,11 @@ globalThis.MSUNetScore = (() => {
   const CONVOLUTIONS = ["ternary conv", "binary conv", "sparse conv", "dense conv"];
   // w: bits stored, m: the larger of weights' and activations', a: activations', c: sums', each / 32.
   const RULES = {
-    "ternary conv": "storage N/32 + N(1−s)/32 + w; products K(1−s)·out/32 + m·out; additions c·(K(1−s)−1)·out",
+    "ternary conv":
+      "storage N/32 + N(1−s)/32 + w; products K(1−s)·out/32 + m·out; additions c·(K(1−s)−1)·out",
     "binary conv": "storage N/32 + w; products K·out/32 + m·out; additions c·(K−1)·out",
-    "sparse conv": "storage N/32 + w·N(1−s); products m·K(1−s)·out; additions c·(K(1−s)−1)·out; a bias: w, c·out",
+    "sparse conv":
+      "storage N/32 + w·N(1−s); products m·K(1−s)·out; additions c·(K(1−s)−1)·out; a bias: w, c·out",
     "dense conv": "storage w·N; products m·K·out; additions c·(K−1)·out; a bias: w, c·out",
     linear: "storage w·N; products m·N; additions c·(in−1)·out",
     "batch norm, merged": "storage w·C (the shift); additions a·in",
@@ -158,7 +175,7 @@ globalThis.MSUNetScore = (() => {
   };
 
   let setting;
-  const million = (amount, digits = 2) => `${(amount / 1e6).toFixed(digits)} M`;
+  const million = (amount, digits = 2) => (amount === 0 ? "0" : `${(amount / 1e6).toFixed(digits)} M`);
   const percent = (part) => `${(100 * part).toFixed(0)} %`;
   const changed = (base, [group, name], amount) =>
     name ? { ...base, [group]: { ...base[group], [name]: amount } } : { ...base, [group]: amount };
@@ -178,9 +195,11 @@ globalThis.MSUNetScore = (() => {
   // --- what applies beside each control ----------------------------------------------------------
 
   function notes({ bits, zeros, weights, official }) {
-    const free = Math.min(bits.weights, bits.activations) < 16
-      ? " Below 16 bits an entry is a quantized one: it gives up the half-price storage and products that the challenge grants to any FP32 network."
-      : "";
+    const free =
+      Math.min(bits.weights, bits.activations) < 16
+        ? " Below 16 bits an entry counts as quantized: it gives up the half price that the challenge grants " +
+          "to the storage and products of any FP32 network."
+        : "";
     const pruned = (share) =>
       share >= SPARSE_FROM || (official && share > 0)
         ? "Sparse: one bit of mask for each weight, then only those that are not 0 count."
@@ -191,11 +210,14 @@ globalThis.MSUNetScore = (() => {
       float: "Float 1 × 1 weights are counted dense: this moves nothing.",
     };
     return {
-      weights: `A stored value of k bits counts k/32. Ternary weights keep their bits of mask and sign.${free}`,
-      activations: `A product counts the bits of its larger operand, here ${Math.max(bits.weights, bits.activations)}; all else on maps counts those of activations.${free}`,
-      sums: bits.sums < 32
-        ? `An addition inside a convolution counts ${bits.sums}/32: only if its sums are really rounded to ${bits.sums} bits.`
-        : "An addition inside a convolution counts in full. FP16 at O3 does not change that: its sums are FP32.",
+      weights: `A stored value of k bits counts k/32. Ternary ones keep mask and sign.${free}`,
+      activations:
+        `A product counts the bits of its larger operand, here ${Math.max(bits.weights, bits.activations)}; ` +
+        `all else on maps counts those of activations.${free}`,
+      sums:
+        bits.sums < 32
+          ? `An addition inside a convolution counts ${bits.sums}/32: only if sums are really rounded so.`
+          : "An addition inside a convolution counts in full. O3 does not change that: its sums are FP32.",
       ternary: zerosOf1x1[weights],
       se: pruned(zeros.se),
       dw: `${pruned(zeros.dw)} The first two blocks' depthwise weights are never pruned.`,
@@ -230,25 +252,26 @@ globalThis.MSUNetScore = (() => {
   function showTotals(result) {
     const part = (amount, of) => (amount / of).toFixed(5);
     find("totals").replaceChildren(
-      row("parameters", million(result.params, 4), part(result.params, REFERENCE.params), "values of 32 bits / 36.5 M"),
-      row("multiplications", million(result.mults), part(result.mults, REFERENCE.flops), "of FP32 / 10.49 G"),
-      row("additions", million(result.adds), part(result.adds, REFERENCE.flops), "of FP32 / 10.49 G"),
-      row("score", "", result.value.toFixed(5), "the sum of the three"),
+      row("parameters", million(result.params, 4), part(result.params, REFERENCE.params), "/ 36.5 M"),
+      row("multiplications", million(result.mults), part(result.mults, REFERENCE.flops), "/ 10.49 G"),
+      row("additions", million(result.adds), part(result.adds, REFERENCE.flops), "/ 10.49 G"),
+      row("score", "", result.value.toFixed(5), "their sum"),
     );
     const inside = result.layers
       .filter(({ kind }) => CONVOLUTIONS.includes(kind))
       .reduce((sum, layer) => sum + layer.adds, 0);
     const compared = result.value / PUBLISHED.v3.score;
     find("words").textContent =
-      `Score ${result.value.toFixed(5)}, ${percent(compared)} of the published v3's ${PUBLISHED.v3.score}. Of ` +
-      `${million(result.flops, 1)} operations ${million(inside, 1)} (${percent(inside / result.flops)}) are additions ` +
-      `inside convolutions.`;
+      `Score ${result.value.toFixed(5)}: ${percent(compared)} of v3's ${PUBLISHED.v3.score}.`;
+    find("inside").textContent =
+      `Of ${million(result.flops, 1)} operations ${million(inside, 1)} (${percent(inside / result.flops)}) are ` +
+      `additions inside convolutions.`;
   }
 
   // Everything on one axis from 0: this setting's bar in its three parts, the others as marks.
   function showScale(result) {
     const marks = Object.entries(PUBLISHED).map(([name, { score }]) => [name, score]);
-    marks.push(...CHALLENGE_BEST.map((score) => ["one of the challenge's best", score]));
+    marks.push(...CHALLENGE_BEST.map((score) => ["challenge", score]));
     const end = Math.max(0.02, 1.05 * result.value);
     const track = () => {
       const made = document.createElement("div");
@@ -256,7 +279,11 @@ globalThis.MSUNetScore = (() => {
       return made;
     };
     const own = track();
-    const parts = [result.params / REFERENCE.params, result.mults / REFERENCE.flops, result.adds / REFERENCE.flops];
+    const parts = [
+      result.params / REFERENCE.params,
+      result.mults / REFERENCE.flops,
+      result.adds / REFERENCE.flops,
+    ];
     ["msunet-params", "msunet-mults", "msunet-adds"].forEach((name, i) => {
       const segment = own.appendChild(document.createElement("div"));
       segment.className = name;
@@ -327,12 +354,17 @@ globalThis.MSUNetScore = (() => {
         const [words, name] = lever;
         const [group, inner] = SLIDERS[name];
         const now = inner ? base[group][inner] : base[group];
-        return row(words, WORDS[group](now), needed(base, lever), name === "sums" ? "" : needed(halfSums, lever));
+        return row(
+          words,
+          WORDS[group](now),
+          needed(base, lever),
+          name === "sums" ? "" : needed(halfSums, lever),
+        );
       }),
     );
     find("target").textContent =
-      `Half of ${PUBLISHED.v3.score} is ${target.toFixed(6)}. With sums in 16 bits and nothing else the score is ` +
-      `${count(halfSums).value.toFixed(5)}.`;
+      `Half of ${PUBLISHED.v3.score} is ${target.toFixed(6)}. With sums in 16 bits and nothing else ` +
+      `the score is ${count(halfSums).value.toFixed(5)}.`;
   }
 
   // --- the controls ------------------------------------------------------------------------------

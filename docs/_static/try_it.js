@@ -7,7 +7,7 @@
   const SPECIMENS = { sea: drawSea, road: drawRoad, apple: drawApple, sunflower: drawSunflower };
 
   const find = (id) => document.getElementById(`tryit-${id}`);
-  let network, names, camera, ownData;
+  let network, names, namedImages, camera;
   const times = [];
   const outputs = new Map(); // of the last picture: step name -> {step, values}
 
@@ -20,17 +20,19 @@
   function start(bytes, source) {
     network = MSUNet.decode(bytes);
     const { network: config, accuracy } = network.info;
-    ownData ??= accuracy?.fingerprint ?? "unknown";
-    // Another network of the same test images has the same classes.
-    names = ownData === (accuracy?.fingerprint ?? "unknown") && MSUNET_FILE.names.length === config.num_classes ? MSUNET_FILE.names : Array.from({ length: config.num_classes }, (_, i) => `class ${i}`);
+    const images = accuracy?.fingerprint ?? "unknown";
+    namedImages ??= images;
+    // Another network that was tested on the same images has the same classes.
+    const known = images === namedImages && config.num_classes === MSUNET_FILE.names.length;
+    names = known ? MSUNET_FILE.names : Array.from({ length: config.num_classes }, (_, i) => `class ${i}`);
     times.length = 0;
-    const measured = accuracy
-      ? `It gets ${accuracy.top1.toFixed(2)} % of ${accuracy.images.toLocaleString("en")} test pictures right, and has ` +
-        `the right name among its first five for ${accuracy.top5.toFixed(2)} %.`
-      : "Nobody wrote into the file how often it is right.";
-    const kilobytes = (bytes.length / 1000).toFixed(0);
     find("network").textContent =
-      `${source}: MSUNet-${config.variant}, width ${config.width}, ${config.num_classes} classes, ${kilobytes} kB. ${measured}`;
+      `${source}: MSUNet-${config.variant}, width ${config.width}, ${config.num_classes} classes, ` +
+      `${(bytes.length / 1000).toFixed(0)} kB. ` +
+      (accuracy
+        ? `Of ${accuracy.images.toLocaleString("en")} test pictures it names ${accuracy.top1.toFixed(2)} % ` +
+          `right, and ${accuracy.top5.toFixed(2)} % among its first five.`
+        : "The file does not say how often it is right.");
   }
 
   // --- a picture in ------------------------------------------------------------------------------
@@ -123,8 +125,14 @@
   // --- the layers --------------------------------------------------------------------------------
 
   const KINDS = {
-    conv: "convolution", norm: "batch norm", relu: "ReLU", swish: "Swish", se: "squeeze-excitation",
-    skip: "skip addition", pool: "average pool", linear: "linear",
+    conv: "convolution",
+    norm: "batch norm",
+    relu: "ReLU",
+    swish: "Swish",
+    se: "squeeze-excitation",
+    skip: "skip addition",
+    pool: "average pool",
+    linear: "linear",
   };
 
   function listLayers() {
@@ -154,7 +162,7 @@
     for (let i = 0; i < maps * pixels; i++) {
       const [map, y, x] = [Math.floor(i / pixels), Math.floor((i % pixels) / step.size), i % step.size];
       const at = (Math.floor(map / across) * tile + y) * canvas.width + (map % across) * tile + x;
-      const grey = high > low ? 255 * Math.sqrt((values[i] - low) / (high - low)) : 0; // the root: dark ones show
+      const grey = high > low ? 255 * Math.sqrt((values[i] - low) / (high - low)) : 0; // so that dark maps show
       image.data.set([grey, grey, grey, 255], 4 * at);
     }
     context.putImageData(image, 0, 0);
@@ -162,7 +170,8 @@
     const words =
       `${maps < step.channels ? `The first ${maps} of ${step.channels}` : `All ${maps}`} ` +
       `${step.size > 1 ? `maps of ${step.size} × ${step.size}` : "values"}: black is ${low.toFixed(2)}, ` +
-      `white ${high.toFixed(2)}. ${(100 * zeros).toFixed(0)} % of all values are exactly 0.` + weightsOf(step);
+      `white ${high.toFixed(2)}. ${(100 * zeros).toFixed(0)} % of all values are exactly 0.` +
+      weightsOf(step);
     canvas.setAttribute("aria-label", `Output of ${step.name}. ${words}`);
     find("caption").textContent = words;
   }
@@ -171,7 +180,8 @@
     if (!step.parts) return "";
     const kinds = { T: "ternary", B: "binary", S: "sparse", D: "dense" };
     const parts = step.parts.map(
-      (part) => `${kinds[part.letter]} (${part.kernel} × ${part.kernel}), ${(100 * part.zeros).toFixed(0)} % zeros`,
+      (part) =>
+        `${kinds[part.letter]} (${part.kernel} × ${part.kernel}), ${(100 * part.zeros).toFixed(0)} % zeros`,
     );
     return ` Weights: ${[...new Set(parts)].join("; ")}.`;
   }
@@ -180,7 +190,9 @@
 
   async function startCamera() {
     if (!navigator.mediaDevices) {
-      say("This browser gives the camera to no page of this address; open the page from a file or over https.");
+      say(
+        "This browser gives the camera to no page of this address; open the page from a file or over https.",
+      );
       return;
     }
     try {
@@ -279,7 +291,15 @@
       const [angle, length] = [(i * Math.PI) / 18, i % 2 ? 50 : 58];
       context.fillStyle = i % 2 ? "#f0b400" : "#ffd21f";
       context.beginPath();
-      context.ellipse(64 + (Math.cos(angle) * length) / 1.7, 64 + (Math.sin(angle) * length) / 1.7, 26, 8, angle, 0, 7);
+      context.ellipse(
+        64 + (Math.cos(angle) * length) / 1.7,
+        64 + (Math.sin(angle) * length) / 1.7,
+        26,
+        8,
+        angle,
+        0,
+        7,
+      );
       context.fill();
     }
     disc(context, 64, 64, 25, "#7a4a1c", "#3a1f0b");
@@ -295,7 +315,10 @@
         zone.classList.toggle("msunet-over", kind === "dragenter" || kind === "dragover");
       });
     }
-    zone.addEventListener("drop", ({ dataTransfer }) => dataTransfer.files[0] && openPicture(dataTransfer.files[0]));
+    zone.addEventListener(
+      "drop",
+      ({ dataTransfer }) => dataTransfer.files[0] && openPicture(dataTransfer.files[0]),
+    );
     find("file").addEventListener("change", ({ target }) => target.files[0] && openPicture(target.files[0]));
     find("camera").addEventListener("click", () => (camera ? stopCamera() : startCamera()));
     find("layer").addEventListener("change", showLayer);
