@@ -1,4 +1,4 @@
-"""A Chromium without a window, driven over two pipes by the DevTools protocol: no package is needed for it."""
+"""A Chromium without a window, driven over two pipes by the DevTools protocol: it needs no package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-QUIET = (
+OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe "
     "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
-).split()
+)
 KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "Home": 36, "End": 35, "Enter": 13, "Tab": 9}
 PATIENCE = 120.0  # seconds for one answer: both cores may be busy
 
@@ -38,7 +38,7 @@ class Browser:
         self._read, commands = os.pipe()
         # Chromium reads from 3 and writes to 4, whatever numbers are free here.
         shell = f'exec "$0" "$@" 3<&{answers} 4>&{commands}'
-        arguments = [find(), *QUIET, f"--user-data-dir={profile}", "about:blank"]
+        arguments = [find(), *OPTIONS.split(), f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             ["/bin/bash", "-c", shell, *arguments],
             pass_fds=(answers, commands),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import http.server
 import json
 import re
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msunet_core import build_msunet, load_data, load_network, pack, score
+from msunet_core import apply_opt_level, build_msunet, load_data, load_network, pack, score
 from msunet_core.errors import StudyError
 from msunet_core.evaluation import class_scores
 from msunet_core.packed import shipped
@@ -73,7 +74,7 @@ def explorer(page, site):
 
 
 def smooth_images(count: int) -> torch.Tensor:
-    """uint8 (count, 32, 32, 3): noise of 5 x 5 pixels made large, so that shapes have edges and plain parts."""
+    """uint8 (count, 32, 32, 3): noise of 5 x 5 pixels made large: shapes with edges and plain parts."""
     noise = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(7))
     large = torch.nn.functional.interpolate(noise, size=32, mode="bicubic", align_corners=False)
     return (large * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -143,15 +144,14 @@ def test_every_kind_of_packed_layer_is_read(try_it, new_network, tmp_path, argum
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.3)
-        model.train()
-        for batch in smooth_images(32).split(16):
-            model(batch.permute(0, 3, 1, 2) / 128 - 1)
+                module.momentum = 1.0  # the statistics of one batch, whole
+        model.train()(smooth_images(32).permute(0, 3, 1, 2) / 128 - 1)
     prune_to_target(model, pruner)
     path = pack(model, tmp_path / "other.safetensors", merge=merge)
     packed, _ = load_network(path, arguments["variant"])
     images = smooth_images(4)
     expected = class_scores(packed, images, "O0").numpy()
-    assert np.abs(expected[0] - expected[1]).max() > 0.01  # the images are told apart
+    assert np.abs(expected[0] - expected[1]).max() > 100 * TOLERANCE  # the images are told apart
     np.testing.assert_allclose(scores_in_page(try_it, images, path), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -169,7 +169,8 @@ def test_what_the_layers_show_is_what_pythons_layers_put_out(try_it):
     found = try_it.evaluate(f"""(() => {{
         const network = MSUNet.decode(MSUNet.fromBase64(MSUNET_FILE.packed));
         const found = {{}};
-        MSUNet.run(network, MSUNet.normalise(MSUNet.fromBase64("{pixels}"), network.info), (step, values) => {{
+        const input = MSUNet.normalise(MSUNet.fromBase64("{pixels}"), network.info);
+        MSUNet.run(network, input, (step, values) => {{
             if ({json.dumps(names)}.includes(step.name)) found[step.name] = [...values];
         }});
         return found;
@@ -184,7 +185,6 @@ def test_what_the_layers_show_is_what_pythons_layers_put_out(try_it):
     ("change", "said"),
     [
         (lambda content: content[:5000], "ends too early"),
-        (lambda content: content + b"\0\0", None),  # behind its streams: none of the network's bytes
         (lambda content: b"PK" + content[2:], "not a packed network"),
         (lambda content: content.replace(b"msunet-packed-1", b"msunet-packed-9"), "msunet-packed-9"),
         (lambda content: content.replace(b'\\"width\\":1.0', b'\\"width\\":0.5'), "longer than"),
@@ -194,9 +194,10 @@ def test_bytes_that_are_no_network_are_refused_in_one_line(try_it, change, said,
     (tmp_path / "odd").write_bytes(change(shipped().read_bytes()))
     file = json.dumps(base64.b64encode((tmp_path / "odd").read_bytes()).decode())
     message = try_it.evaluate(
-        f"(() => {{ try {{ MSUNet.decode(MSUNet.fromBase64({file})); }} catch (e) {{ return e.message; }} }})()"
+        f"(() => {{ try {{ MSUNet.decode(MSUNet.fromBase64({file})); }} catch (e) {{ return e.message; }}"
+        "return null; })()"
     )
-    assert (message is None) if said is None else (said in message and "\n" not in message)
+    assert said in message and "\n" not in message
 
 
 def test_names_are_asked_for_every_class(new_network, tmp_path):
@@ -309,9 +310,9 @@ def scored(variant: str, level: str, pruner: str, shares: dict, weights: str = "
     torch.manual_seed(0)
     model = build_msunet(variant, weights=weights, width=width)
     prune_to_target(model, pruner)
-    known = {
-        name: (layer.signs() == 0).double().mean().item() for name, layer in ternary_layers(model).items()
-    }
+    at_level = apply_opt_level(copy.deepcopy(model), level)  # FP16 moves a weight or two over the threshold
+    layers = ternary_layers(at_level).items()
+    known = {name: (layer.signs() == 0).double().mean().item() for name, layer in layers}
     zeros = {"ternary": 0, "se": 0, "dw": 0, "classifier": 0} | shares
     setting = dict(variant=variant, weights=weights, width=width, bits=BITS[level], zeros=zeros, known=known)
     return score(model, level), setting
@@ -390,7 +391,7 @@ def shown_counts(page) -> dict[str, float]:
 @needs_browser
 def test_additions_shrink_by_the_bits_of_sums_when_their_slider_moves(explorer):
     before = shown_counts(explorer)
-    assert "slider" not in explorer.text("#score-words") and "100 %" in explorer.text("#score-words")
+    assert "100 % of v3's" in explorer.text("#score-words")
     inside = float(re.search(r"operations ([\d.]+) M", explorer.text("#score-inside"))[1])
     explorer.press("#score-sums", "ArrowLeft", times=16)
     assert explorer.text("#score-sums-value") == "16 bits"
@@ -407,7 +408,6 @@ def test_additions_shrink_by_the_bits_of_sums_when_their_slider_moves(explorer):
 
 @needs_browser
 def test_below_the_threshold_zeros_are_said_to_save_nothing_and_do_not(explorer):
-    explorer.evaluate("document.getElementById('score-dw').step")
     explorer.press("#score-dw", "ArrowLeft", times=10)  # 40 %
     assert explorer.text("#score-dw-note").startswith("Sparse")
     sparse = shown_counts(explorer)
