@@ -151,8 +151,8 @@ globalThis.MSUNetScore = (() => {
     width: ["width"],
   };
   const WORDS = {
-    bits: (amount) => `${Math.floor(amount)} bit${amount < 2 ? "" : "s"}`,
-    zeros: (amount) => `${(100 * amount).toFixed(1)} %`,
+    bits: (amount) => `${Math.floor(amount)}\u00a0bit${amount < 2 ? "" : "s"}`,
+    zeros: (amount) => `${(100 * amount).toFixed(1)}\u00a0%`,
     width: (amount) => `× ${amount.toFixed(2)}`,
   };
   const CONVOLUTIONS = ["ternary conv", "binary conv", "sparse conv", "dense conv"];
