@@ -242,6 +242,17 @@ def test_a_chosen_picture_of_32_pixels_reaches_the_network_as_it_is(try_it, tmp_
 
 
 @needs_browser
+def test_behind_a_transparent_picture_it_is_white(try_it, tmp_path):
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    try_it.choose("#tryit-file", tmp_path / "clear.png")
+    try_it.wait_for("document.getElementById('tryit-status').textContent.startsWith('clear.png, 40 × 40')")
+    seen = try_it.evaluate(
+        "[...document.getElementById('tryit-picture').getContext('2d').getImageData(0, 0, 32, 32).data]"
+    )
+    assert set(seen) == {255}
+
+
+@needs_browser
 def test_a_file_that_is_no_picture_is_said(try_it, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     before = answer(try_it)
@@ -325,7 +336,7 @@ def scored(variant: str, level: str, pruner: str, shares: dict, weights: str = "
         ("v1", "O0", "V1", {"se": 0.9}),
         ("v2", "O3", "V2", {"se": 0.9, "dw": 0.5}),
         ("v3", "O3", "V2", {"se": 0.9, "dw": 0.5}),
-        # No published ones: zeros in the classifier, binary and float weights, other widths (10 / 4 is a tie).
+        # No published ones: zeros in the classifier, other weights, other widths (10 / 4 is a tie).
         ("v3", "O0", "V3", {"se": 0.9, "dw": 0.5, "classifier": 0.9}),
         ("v3", "O3", "none", {}, "binary", 0.15625),
         ("v1", "O0", "V2", {"se": 0.9, "dw": 0.5}, "float", 1.3),

@@ -2,7 +2,7 @@
 //
 // A plain script, no module: browsers refuse modules to a page opened from the file system. It leaves one
 // name, MSUNet, and touches neither the page nor the network. The file format is told in packed.py, the
-// network in network.py and in the specification (§2). All sums are FP64 of FP32 weights: at least O0.
+// network in network.py and in the specification (§2). It computes in FP32, as O0 does.
 "use strict";
 
 globalThis.MSUNet = (() => {
@@ -262,7 +262,8 @@ globalThis.MSUNet = (() => {
       const end = starts[o + 1];
       let i = starts[o];
       for (; i + 3 < end; i += 4) {
-        const [a, b, c, d] = [0, 1, 2, 3].map((k) => (from + taps[i + k]) * pixels);
+        const [a, b] = [(from + taps[i]) * pixels, (from + taps[i + 1]) * pixels];
+        const [c, d] = [(from + taps[i + 2]) * pixels, (from + taps[i + 3]) * pixels];
         const [va, vb, vc, vd] = [values[i], values[i + 1], values[i + 2], values[i + 3]];
         for (let p = 0; p < pixels; p++) {
           sum[p] += va * x[a + p] + vb * x[b + p] + vc * x[c + p] + vd * x[d + p];
@@ -279,7 +280,7 @@ globalThis.MSUNet = (() => {
 
   function convolve(x, size, parts) {
     const side = size / parts[0].stride;
-    const out = new Float64Array(parts.reduce((sum, part) => sum + part.out, 0) * side * side);
+    const out = new Float32Array(parts.reduce((sum, part) => sum + part.out, 0) * side * side);
     let offset = 0;
     for (const part of parts) {
       if (part.kernel === 1) mix(x, size * size, part, out, offset);
@@ -291,7 +292,7 @@ globalThis.MSUNet = (() => {
 
   // The mean of each map.
   function average(x, pixels) {
-    return Float64Array.from({ length: x.length / pixels }, (_, c) => {
+    return Float32Array.from({ length: x.length / pixels }, (_, c) => {
       let sum = 0;
       for (let p = c * pixels; p < (c + 1) * pixels; p++) sum += x[p];
       return sum / pixels;
@@ -300,7 +301,7 @@ globalThis.MSUNet = (() => {
 
   // Loops over each map, not map(): a call for each of a million values would double the time.
   function affine(x, pixels, scale, shift) {
-    const out = new Float64Array(x.length);
+    const out = new Float32Array(x.length);
     for (let c = 0, i = 0; c < scale.length; c++) {
       const [factor, summand] = [scale[c], shift ? shift[c] : 0];
       for (const end = i + pixels; i < end; i++) out[i] = x[i] * factor + summand;
@@ -308,17 +309,17 @@ globalThis.MSUNet = (() => {
     return out;
   }
   function add(x, y) {
-    const out = new Float64Array(x.length);
+    const out = new Float32Array(x.length);
     for (let i = 0; i < x.length; i++) out[i] = x[i] + y[i];
     return out;
   }
   function relu(x) {
-    const out = new Float64Array(x.length);
+    const out = new Float32Array(x.length);
     for (let i = 0; i < x.length; i++) out[i] = x[i] > 0 ? x[i] : 0;
     return out;
   }
   function swish(x) {
-    const out = new Float64Array(x.length);
+    const out = new Float32Array(x.length);
     for (let i = 0; i < x.length; i++) out[i] = x[i] / (1 + Math.exp(-x[i]));
     return out;
   }
@@ -339,7 +340,7 @@ globalThis.MSUNet = (() => {
     linear: (x, step) => convolve(x, 1, step.parts),
   };
 
-  // input: Float64Array of 3 x 32 x 32 normalised values -> class scores, one for each class.
+  // input: Float32Array of 3 x 32 x 32 normalised values -> class scores, one for each class.
   // watch(step, values), if given, is called after each step that computes.
   function run(network, input, watch = () => {}) {
     let x = input;
@@ -385,7 +386,7 @@ globalThis.MSUNet = (() => {
   // 32 x 32 x 3 bytes -> 3 x 32 x 32 normalised values, as the network was trained on.
   function normalise(pixels, { mean, std }) {
     const plane = SIZE * SIZE;
-    return Float64Array.from({ length: 3 * plane }, (_, i) => {
+    return Float32Array.from({ length: 3 * plane }, (_, i) => {
       const colour = Math.floor(i / plane);
       return (pixels[(i % plane) * 3 + colour] / 255 - mean[colour]) / std[colour];
     });
