@@ -85,7 +85,7 @@ RECORD := $(RUN_FOLDER)/.parameters
 
 # Everything that a notebook imports. report.py only shows what they left, runner.py only runs them.
 CODE := $(sort $(filter-out %/__main__.py %/runner.py %/report.py,$(shell find msunet_core -name '*.py' -o -name '*.cpp')))
-PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/profiles/$(PROFILE).yaml))
+PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/study/profiles/$(PROFILE).yaml))
 # Images given as an .npz, or as folders: a class folder's time changes with the images in it.
 DATA_FILES := $(if $(filter-out synthetic cifar100,$(DATA)),$(wildcard $(DATA) $(DATA)/* $(DATA)/*/*))
 INPUTS := $(CODE) $(PROFILE_FILE) $(DATA_FILES) $(RECORD)
@@ -106,17 +106,17 @@ STAGE_03_fp16_pruning := prune
 STAGE_06_ablations := ablations
 
 $(EXECUTED): $(RUN_FOLDER)/%.ipynb: notebooks/%.ipynb $(INPUTS)
-	@$(PY) -m msunet_core.runner run $< $@ $(PARAMETERS) \
+	@$(PY) -m msunet_core.study.runner run $< $@ $(PARAMETERS) \
 	  $(if $(STAGE_$*),--stage $(RUN_FOLDER)/$(STAGE_$*) --inputs $(filter-out $<,$^))
 
-$(INDEX): $(EXECUTED) msunet_core/report.py
-	@$(PY) -m msunet_core.report $(RUN_FOLDER)
+$(INDEX): $(EXECUTED) msunet_core/study/report.py
+	@$(PY) -m msunet_core.study.report $(RUN_FOLDER)
 
 # The record of the parameters is rewritten when they differ from those of the last run, and only once
 # they are known to be good: a misspelt VARIANT must not make a finished run look out of date.
 ifneq ($(strip $(shell cat $(RECORD) 2>/dev/null)),$(PARAMETERS))
 $(RECORD): FORCE
-CHECK = $(PY) -m msunet_core.runner check $(PARAMETERS)
+CHECK = $(PY) -m msunet_core.study.runner check $(PARAMETERS)
 endif
 $(RECORD):
 	@mkdir -p $(@D) && printf '%s\n' $(call quote,$(PARAMETERS)) > $@
@@ -124,7 +124,7 @@ $(RECORD):
 # The targets below make these under the lock of the run folder, in a second make. -n and -q change
 # nothing, so they take no lock.
 DRY := $(if $(findstring n,$(FLAGS))$(findstring q,$(FLAGS)),yes)
-LOCKED = $(if $(DRY),,$(PY) -m msunet_core.runner lock $(RUN_FOLDER) -- )$(MAKE)
+LOCKED = $(if $(DRY),,$(PY) -m msunet_core.study.runner lock $(RUN_FOLDER) -- )$(MAKE)
 .PHONY: .reproduce .train .prune .ablations
 .reproduce: $(INDEX)
 .train: $(RUN_FOLDER)/02_ternary_training.ipynb
@@ -147,7 +147,7 @@ ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
 	@$(CHECK)
 	+@$(LOCKED) .$@
 report: $(ENVIRONMENT) ## render the pages of RUN again from what is there, running nothing
-	@$(PY) -m msunet_core.report $(RUN_FOLDER)
+	@$(PY) -m msunet_core.study.report $(RUN_FOLDER)
 
 .PHONY: score validate pack pretrained
 needed = $(if $($1),,$(error give $1=..., for example $2))
@@ -162,7 +162,7 @@ pack: $(ENVIRONMENT) ## write CHECKPOINT=... as a packed file OUT=...; DATA=... 
 	$(PY) -m msunet_core pack $(FILE) $(call quote,$(OUT)) $(if $(VARIANT),--variant $(call quote,$(VARIANT))) \
 	  $(if $(DATA),--data $(call quote,$(DATA)) $(SOME))
 pretrained: $(ENVIRONMENT) ## ship RUN=...: its pruned network packed, measured on DATA=..., with curves and provenance
-	@$(call needed,DATA,DATA=cifar100 or the path of an .npz)$(PY) -m msunet_core.runner ship $(RUN_FOLDER) $(dir $(SHIPPED))
+	@$(call needed,DATA,DATA=cifar100 or the path of an .npz)$(PY) -m msunet_core.study.runner ship $(RUN_FOLDER) $(dir $(SHIPPED))
 	@$(PY) -m msunet_core pack $(RUN_FOLDER)/prune $(SHIPPED) --data $(call quote,$(DATA))
 FILE = $(if $(CHECKPOINT),$(call quote,$(CHECKPOINT)))
 SOME = $(if $(LIMIT),--limit $(call quote,$(LIMIT))) $(if $(DEVICE),--device $(call quote,$(DEVICE)))
@@ -186,7 +186,7 @@ lint: $(ENVIRONMENT) ## ruff, rules and format
 lab: $(ENVIRONMENT) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 notebooks: $(ENVIRONMENT) ## execute the committed notebooks in place: smoke profile, default parameters
-	@$(FRESH_RUNS) $(PY) -m msunet_core.runner refresh notebooks/*.ipynb
+	@$(FRESH_RUNS) $(PY) -m msunet_core.study.runner refresh notebooks/*.ipynb
 
 .PHONY: bench
 bench: $(ENVIRONMENT) ## time the released way and ours side by side [BENCH=--quick]; writes runs/bench/bench.json

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from msunet_core.network import DepthwiseSeparable, InvertedResidual, MixedConv2d, SqueezeExcite
+from msunet_core.model.network import DepthwiseSeparable, InvertedResidual, MixedConv2d, SqueezeExcite
 
 # Passes over a layer's output in memory, forward and backward, each fused as far as it can be without keeping
 # a whole layer on the chip. Statistics have to be complete before they are applied, so a norm is read twice:

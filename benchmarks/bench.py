@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 64  # SPEC section 6
+BATCH = 64  # specification §6
 EVAL_BATCH = 250
 HALF_IMAGES = 10  # true half kernels on a CPU are so slow that a few images have to do
 
@@ -136,7 +136,7 @@ class Ours(Released):
         import torch
 
         from msunet_core import StageConfig, build_msunet
-        from msunet_core.training import Learner
+        from msunet_core.training.learner import Learner
 
         torch.manual_seed(0)
         self.threads = threads
@@ -148,7 +148,7 @@ class Ours(Released):
     def data(self, images: int) -> float:
         import torch
 
-        from msunet_core.augment import augment, draw_epoch_plan
+        from msunet_core.data.augment import augment, draw_epoch_plan
 
         pictures, _ = random_images(images)
         torch.set_num_threads(1)  # one core
@@ -165,7 +165,7 @@ class Ours(Released):
         return found
 
     def step(self, steps: int, has_consistency: bool = False) -> float:
-        from msunet_core.augment import draw_epoch_plan
+        from msunet_core.data.augment import draw_epoch_plan
 
         probability = 1.0 if has_consistency else 0.0
 
@@ -183,7 +183,7 @@ class Ours(Released):
         import copy
 
         from msunet_core import apply_opt_level
-        from msunet_core.evaluation import class_scores
+        from msunet_core.measure.evaluation import class_scores
 
         network = copy.deepcopy(self.learner.model)
         network = apply_opt_level(network, level).eval()
@@ -200,9 +200,9 @@ class Ours(Released):
         import torch
         from bandwidth import copy_bandwidth, step_bytes
 
-        from msunet_core import fast
+        from msunet_core.fast.library import enabled
 
-        moved = step_bytes(self.learner.model, BATCH, whole_blocks=fast.enabled())
+        moved = step_bytes(self.learner.model, BATCH, whole_blocks=enabled())
         bandwidth = copy_bandwidth(torch.device("cpu"), 2**28)
         return {
             "bytes": moved,
@@ -220,8 +220,8 @@ class Ours(Released):
     def scaling(self, width: float) -> dict:
         """Seconds of an epoch of 2, 4 and 8 steps; resident MB after each of 5 more epochs of 4."""
         from msunet_core import StageConfig, build_msunet
-        from msunet_core.augment import draw_epoch_plan
-        from msunet_core.training import Learner
+        from msunet_core.data.augment import draw_epoch_plan
+        from msunet_core.training.learner import Learner
 
         learner = Learner(
             build_msunet(width=width), StageConfig(epochs=1, batch_size=BATCH, lr=1e-3, alpha=0.67749)
@@ -341,19 +341,6 @@ def measure(threads: int, repeats: int, is_quick: bool) -> dict:
     return results
 
 
-def gpu_report(repeats: int) -> dict:
-    """As :func:`bench_gpu.measure_gpu`; a failure there must not cost the CPU's figures."""
-    import traceback
-
-    from bench_gpu import measure_gpu
-
-    try:
-        return measure_gpu(repeats)
-    except Exception as error:
-        traceback.print_exc()
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
 def start_up(code: str) -> float:
     """Seconds of a new Python process that only imports."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -414,26 +401,6 @@ def markdown(report: dict) -> str:
             f" memory grows by {memory[-1] - memory[0]:.0f} MB in {len(memory) - 1} epochs."
         )
     lines += ["", text, ""]
-    gpu = report["gpu"]
-    if gpu is None or "failed" in gpu:
-        why = "there was none" if gpu is None else f"it failed ({gpu['failed']})"
-        return "\n".join([*lines, f"On a GPU: not measured, {why}.", ""])
-    lines += ["| v3 on a GPU | as released | ours | times better (low..high) | share of copy bandwidth |"]
-    lines += ["|---|---|---|---|---|"]
-    for task, found in gpu["results"].items():
-        share = found.get("share of copy bandwidth")
-        lines.append(f"{_line(task, found)} {f'{100 * share:.0f} %' if share else '-'} |")
-    lines += ["", f"{gpu.get('device', 'device')}, copy {gpu['copy GB/s']:.0f} GB/s.", ""]
-    for batch, found in gpu["ours"].items():
-        mixed = found["images/s with CutMix and consistency at p 0.5"]
-        data = found["data pipeline's share of a step"]
-        lines.append(
-            f"{batch}: {_short(mixed)} images/s with CutMix and consistency at p 0.5; "
-            f"data {100 * data:.1f} % of a step; "
-            f"{found['kinds of step recorded as CUDA graphs']} kinds of step recorded as CUDA graphs."
-        )
-        lines += ["", "| kernel | ms a step |", "|---|---|"]
-        lines += [f"| `{name[:90]}` | {ms:.3f} |" for name, ms in found["kernels, ms a step"].items()] + [""]
     return "\n".join(lines)
 
 
@@ -472,9 +439,9 @@ def main() -> None:
     results = measure(arguments.threads, repeats, arguments.quick)
     import torch
 
-    from msunet_core import fast
+    from msunet_core.fast.library import enabled
     from msunet_core.files import atomic_write
-    from msunet_core.runner import hardware
+    from msunet_core.study.provenance import hardware
 
     scaling = results["scaling"]
     each = {n: 1e3 * s / int(n) for n, s in scaling["seconds of an epoch by images"].items()}
@@ -483,11 +450,10 @@ def main() -> None:
     print("MB after each epoch:", ", ".join(f"{mb:.0f}" for mb in memory))
     report = {
         "results": results,
-        "gpu": gpu_report(repeats) if torch.cuda.is_available() else None,
         "threads": arguments.threads,
         "repeats": repeats,
         "quick": arguments.quick,
-        "kernels": fast.enabled(),
+        "kernels": enabled(),
         "load before": load,
         "load after": os.getloadavg(),
         "hardware": hardware(),

@@ -2,7 +2,7 @@
 
 NCHW memory, Swish as ``x * sigmoid(x)``, one convolution for each group of a mixed convolution, images
 transformed one by one in worker processes, three CutMix passes with Python between, weights ternarized layer
-by layer, and SGD without fused kernels. The mathematics is the study's (SPEC sections 2 to 6).
+by layer, and SGD without fused kernels. The mathematics is the study's (specification §2 to §6).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from msunet_core.data import MEAN, STD
-from msunet_core.network import V3_BLOCKS, split_channels
-from msunet_core.ternary import ALPHA
+from msunet_core.data.images import MEAN, STD
+from msunet_core.model.network import V3_BLOCKS, split_channels
+from msunet_core.model.ternary import ALPHA
 
 
 class Swish(nn.Module):

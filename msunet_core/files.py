@@ -15,6 +15,8 @@ from pathlib import Path
 
 from .errors import StudyError
 
+ROOT = Path(__file__).resolve().parents[1]  # the checkout
+
 REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",

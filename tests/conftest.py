@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -11,11 +10,6 @@ import torch
 from msunet_core import ImageData, StageConfig, build_msunet
 
 CLASSES = 4
-
-# Without a GPU its kernels run in Triton's interpreter. Triton asks once, when first imported, and other
-# tests' packages (timm) import it too.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):

@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 
 from msunet_core import StudyError, build_msunet, load_checkpoint, load_data
-from msunet_core.checkpoint import read_checkpoint
-from msunet_core.data import save_npz
-from msunet_core.stages import CHECKPOINT
+from msunet_core.data.sources import save_npz
+from msunet_core.model.checkpoint import read_checkpoint
+from msunet_core.training.stages import CHECKPOINT
 
 AT_ONCE = 2  # processes; each computes in one thread
 MEMORY = 3 * 2**30  # bytes that a process which opens damaged files may map beyond what it has

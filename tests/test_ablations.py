@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from msunet_core import evaluate, load_checkpoint, score
-from msunet_core.ablations import BASELINE, ROWS, Row, run_ablations
-from msunet_core.data import save_npz
-from msunet_core.stages import CHECKPOINT
-from msunet_core.study import Study
+from msunet_core.data.sources import save_npz
+from msunet_core.study.ablations import BASELINE, ROWS, Row, run_ablations
+from msunet_core.study.run import Study
+from msunet_core.training.stages import CHECKPOINT
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torchvision.transforms.functional as reference
 
-from msunet_core.augment import (
+from msunet_core.data.augment import (
     JITTER_ORDERS,
     augment,
     blend_shares,
@@ -16,9 +18,9 @@ from msunet_core.augment import (
     epoch_generator,
     jitter,
 )
-from msunet_core.data import MEAN, STD, normalise
+from msunet_core.data.images import MEAN, STD, normalise
+from msunet_core.data.synthetic import make_synthetic
 from msunet_core.errors import StudyError
-from msunet_core.synthetic import make_synthetic
 
 ADJUST = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation)
 
@@ -58,8 +60,44 @@ def test_every_image_is_what_torchvision_makes_of_it_with_the_same_parameters(im
         ours = augment(batch, step)
         for i in range(len(batch)):
             expected = reference.normalize(one_by_one(batch[i], step, i), MEAN, STD)
+            y0, y1, x0, x1 = step.erase[i].tolist()
+            expected = reference.erase(expected, y0, x0, y1 - y0, x1 - x0, 0.0)
             # 2e-6 at values up to 2.7: a few roundings of float32 (2.4e-7 each there), no more.
             torch.testing.assert_close(ours[i], expected, rtol=0, atol=2e-6)
+
+
+def sides(many) -> torch.Tensor:
+    """Height and width of each rectangle that is erased, float64 (2, count)."""
+    y0, y1, x0, x1 = many.erase.view(-1, 4).double().unbind(1)
+    return torch.stack((y1 - y0, x1 - x0))[:, y1 > y0]
+
+
+def test_forty_percent_of_the_images_are_erased_by_seventeen_percent_of_their_area(many):
+    erased = sides(many)
+    assert erased.shape[1] / 60_000 == pytest.approx(0.4, abs=0.008)  # four standard errors
+    # The mean of a uniform share in [0.02, 1/3] is 17.7 %; the few that are drawn anew for a side that is too
+    # long were large ones.
+    assert (erased.prod(0) / 1024).mean().item() == pytest.approx(0.175, abs=0.003)
+    assert erased.min() >= 1 and erased.max() <= 31
+
+
+def test_erased_rectangles_have_log_uniform_ratios_and_lie_anywhere(many):
+    ratio = (sides(many)[0] / sides(many)[1]).log()
+    bound = math.log(1 / 0.3)
+    assert ratio.mean().item() == pytest.approx(0, abs=0.02)  # four standard errors of 24,000
+    assert ratio.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)  # rounded sides, redrawn ones
+    y0, y1, x0, x1 = many.erase.view(-1, 4)[many.erase.view(-1, 4)[:, 1] > 0].double().unbind(1)
+    for low, high in ((y0, y1), (x0, x1)):
+        assert low.min() == 0 and high.max() == 32
+        place = low / (32 - (high - low))  # 0 at one end, 1 at the other
+        assert place.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_profile_or_clean_training_erases_nothing():
+    for changes in ({"erase_probability": 0.0}, {"augment": False}):
+        assert not draw_epoch_plan(200, 64, seed=3, stage="train", epoch=5, **changes).erase.any()
+    always = draw_epoch_plan(200, 64, seed=3, stage="train", epoch=5, erase_probability=1.0)
+    assert (always.erase[..., 1] > 0).float().mean() > 0.99  # but for those that fit in none of ten tries
 
 
 def test_before_the_normalisation_the_images_agree_to_1e_6(images, plan):

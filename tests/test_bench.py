@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from msunet_core import build_msunet
-from msunet_core.network import Block, DepthwiseSeparable, InvertedResidual, SqueezeExcite
+from msunet_core.model.network import Block, DepthwiseSeparable, InvertedResidual, SqueezeExcite
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import bench_gpu
 from bandwidth import copy_bandwidth, step_bytes
 from bench import markdown
 from released import TransformedImages, consistency_loss, released_network
@@ -138,7 +137,7 @@ def both(released: float, ours: float, unit: str = "images/s") -> dict:
     return {"released": {"median": released}, "ours": {"median": ours}, "ratio": ratio, "unit": unit}
 
 
-def report(gpu: dict | None) -> dict:
+def report() -> dict:
     memory = both(6700.0, 3600.0, "MB") | {
         "ratio": {"median": 1.86, "low": 1.86, "high": 1.86, "values": [1]}
     }
@@ -154,7 +153,6 @@ def report(gpu: dict | None) -> dict:
                 "copy GB/s": 11.0,
             },
         },
-        "gpu": gpu,
         "hardware": {"cpu": "A Processor", "cores": 2},
         "threads": 2,
         "repeats": 5,
@@ -162,7 +160,7 @@ def report(gpu: dict | None) -> dict:
 
 
 def test_the_table_of_the_readme_comes_from_the_report():
-    lines = markdown(report(None)).splitlines()
+    lines = markdown(report()).splitlines()
     assert lines[0].startswith("| v3, batch 64, FP32 | as released | ours |")
     assert lines[2:5] == [
         "| training step | 15.8 images/s | 101 images/s | 6.4 (2.0..9.0) |",
@@ -172,29 +170,3 @@ def test_the_table_of_the_readme_comes_from_the_report():
     assert lines[6].startswith("2 threads on 2 cores of A Processor; medians of 5 alternated repeats")
     assert "moves 3.21 GB to and from memory, 42 % of what a copy at 11.0 GB/s would" in lines[6]
     assert "layer by layer it would have to move 9.14 GB" in lines[6]
-    assert lines[-1] == "On a GPU: not measured, there was none."
-    failed = markdown(report({"failed": "RuntimeError: out of memory"})).splitlines()[-1]
-    assert failed == "On a GPU: not measured, it failed (RuntimeError: out of memory)."
-
-
-@pytest.mark.slow
-def test_the_gpu_part_runs_and_its_table_says_what_it_found(monkeypatch):
-    for name in ("build_msunet", "released_network"):  # too wide for a test
-        monkeypatch.setattr(bench_gpu, name, lambda: build_msunet(width=0.0625))
-    found = bench_gpu.measure_gpu(1, "cpu", batches=(3,), steps=1, images=6, copied=2**20)
-    assert set(found["results"]) == {
-        "training step, O2, batch 3",
-        "training step, consistency, O2, batch 3",
-        "training with its data, O2, batch 3",
-        "evaluation O0",
-        "evaluation O3",
-    }
-    step = found["results"]["training step, O2, batch 3"]
-    moved = step_bytes(build_msunet(width=0.0625), 3, "O2")
-    rate = step["ours"]["median"]
-    assert step["share of copy bandwidth"] == pytest.approx(moved * rate / 3 / (found["copy GB/s"] * 1e9))
-    table = markdown(report(found))
-    assert "not measured" not in table
-    assert "| training step, O2, batch 3 | " in table and "| share of copy bandwidth |" in table
-    assert "0 kinds of step recorded as CUDA graphs" in table
-    assert table.count("| `") == 10  # top kernels

@@ -17,7 +17,13 @@ import pytest
 import torch
 
 from msunet_core import StudyError, build_msunet, load_checkpoint
-from msunet_core.checkpoint import MAX_BYTES, PREVIOUS, latest_checkpoint, read_checkpoint, save_checkpoint
+from msunet_core.model.checkpoint import (
+    MAX_BYTES,
+    PREVIOUS,
+    latest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -501,7 +507,7 @@ def test_the_previous_checkpoint_stays_until_the_new_one_is_good(tmp_path, monke
     assert read_checkpoint(path)[1]["number"] == 2
     assert read_checkpoint(path.with_name(path.name + PREVIOUS))[1]["number"] == 1
     with monkeypatch.context() as patch:  # a disk that returns other bytes than it was given
-        patch.setattr("msunet_core.checkpoint.save", lambda tensors, metadata: b"\0" * 64)
+        patch.setattr("msunet_core.model.checkpoint.save", lambda tensors, metadata: b"\0" * 64)
         with pytest.raises(StudyError, match="not a whole safetensors file"):
             save_checkpoint(path, {"x": torch.tensor(3)}, {"number": 3})
     assert latest_checkpoint(path)[1]["number"] == 2
@@ -524,7 +530,7 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path):
     program = (
         "import resource, signal, sys, torch\n"
         "from msunet_core import StudyError\n"
-        "from msunet_core.checkpoint import save_checkpoint\n"
+        "from msunet_core.model.checkpoint import save_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "save_checkpoint(sys.argv[1], {}, {'number': 0})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"

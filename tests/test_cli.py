@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,11 +11,12 @@ import sys
 import pytest
 import torch
 
-from msunet_core import build_msunet, load_checkpoint, packed
+from msunet_core import build_msunet, load_checkpoint, pack
 from msunet_core.__main__ import main
-from msunet_core.data import save_npz
-from msunet_core.packed import load_network
-from msunet_core.stages import CHECKPOINT
+from msunet_core.data.sources import save_npz
+from msunet_core.measure import unpack as unpack_module
+from msunet_core.measure.unpack import load_network
+from msunet_core.training.stages import CHECKPOINT
 
 SHORT = [
     "network.width=0.0625",
@@ -93,19 +95,19 @@ def test_the_study_runs_from_data_to_score(capsys, npz, tmp_path):
 
 
 def test_without_a_checkpoint_the_shipped_network_is_taken(capsys, npz, new_network, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "SHIPPED", tmp_path / "shipped.safetensors")
+    monkeypatch.setattr(unpack_module, "SHIPPED", tmp_path / "shipped.safetensors")
     assert "shipped.safetensors is not there, and no checkpoint was given" in error_of(capsys, "score")
-    packed.pack(new_network(), packed.SHIPPED)
+    pack(new_network(), unpack_module.SHIPPED)
     assert main(["score", "--opt-level", "O3"]) == 0
     assert main(["validate", "--data", npz, "--opt-level", "O0", "O3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4].startswith(str(packed.SHIPPED))
+    assert lines[-4].startswith(str(unpack_module.SHIPPED))
     assert [line.split()[0] for line in lines[-2:]] == ["O0", "O3"]
 
 
 def test_a_packed_file_keeps_the_provenance_that_is_given(capsys, new_network, tmp_path):
     told, out = tmp_path / "provenance.json", tmp_path / "net.safetensors"
-    packed.pack(new_network(), tmp_path / "source.safetensors")
+    pack(new_network(), tmp_path / "source.safetensors")
     command = ["pack", str(tmp_path / "source.safetensors"), str(out), "--provenance", str(told)]
     assert "provenance.json is not a JSON file" in error_of(capsys, *command)
     told.write_text('{"command": "make"}')
@@ -192,3 +194,14 @@ def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
     )
     expected = f"error: checkpoint '{tmp_path / 'missing'}' is not a file; check the path\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_stage_says_how_it_was_made_and_in_how_many_sittings(npz, tmp_path):
+    command = ["train", "--data", str(npz), "--out", str(tmp_path / "train")]
+    changes = ["train.epochs=1", "train.batch_size=8", "network.width=0.0625", "train.schedule=step"]
+    assert main([*command, "--set", *changes]) == 0
+    assert main([*command, "--set", "train.epochs=2", *changes[1:]]) == 0
+    made = json.loads((tmp_path / "train" / "provenance.json").read_text())
+    assert (made["profile"], made["seed"], len(made["sittings"])) == ("smoke", 0, 2)
+    assert made["wall_seconds"] == pytest.approx(sum(s["wall_seconds"] for s in made["sittings"]), abs=0.02)
+    assert made["hardware"]["cores"] >= 1 and made["packages"]["torch"]

@@ -1,4 +1,4 @@
-"""CutMix boxes, mixed labels and the consistency regularizer, against the sums of SPEC section 5."""
+"""CutMix boxes, mixed labels and the consistency regularizer, against the sums of specification §5."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from msunet_core import StudyError
-from msunet_core.cutmix import cutmix, cutmix_loss, exchange_thirds, restore_thirds
+from msunet_core.data.cutmix import cutmix, cutmix_loss, exchange_thirds, restore_thirds, thirds
 
 
 @pytest.fixture
@@ -53,10 +53,26 @@ def test_each_pass_mixes_the_three_batches_as_published():
     assert passes == [[0, 1, 2], [1, 0, 1], [2, 2, 0]]
 
 
+def test_a_batch_of_64_is_cut_in_21_21_and_22():
+    assert [len(third) for third in thirds(torch.arange(64))] == [21, 21, 22]
+
+
+def test_smoothed_labels_give_each_class_its_share(batch):
+    images, labels, partner, box, lam = batch
+    f = linear_network()
+    loss, scores = cutmix_loss(f, images, labels, partner, box, lam, "off", 0.1)
+    count = scores.shape[1]
+    target = (
+        0.9 * (lam * F.one_hot(labels, count) + (1 - lam) * F.one_hot(labels[partner], count)) + 0.1 / count
+    )
+    expected = -(target * scores.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)  # FP64: only the order of sums differs
+
+
 def test_the_loss_is_the_sum_of_its_three_terms(batch):
     images, labels, partner, box, lam = batch
     f = linear_network()  # no batch norm: the arrangement of the passes cannot matter here
-    loss, scores = cutmix_loss(f, images, labels, partner, box, lam)
+    loss, scores = cutmix_loss(f, images, labels, partner, box, lam, "as-described")
     mix = cutmix(images, images[partner], box)
     expected = (
         lam * F.cross_entropy(f(mix), labels)
@@ -97,7 +113,7 @@ def test_batch_norm_sees_the_exchanged_thirds_and_not_one_batch(batch):
     ).double()
     seen = []
     f[0].register_forward_hook(lambda m, args, out: seen.append(args[0]))
-    cutmix_loss(f, images, labels, partner, box, lam)
+    cutmix_loss(f, images, labels, partner, box, lam, "as-described")
     expected = exchange_thirds(cutmix(images, images[partner], box), images, images[partner])
     assert len(seen) == 3
     assert all(torch.equal(x, y) for x, y in zip(seen, expected, strict=True))

@@ -19,12 +19,13 @@ import pytest
 import torch
 from torch import nn
 
-from msunet_core import StudyError, distributed, prune, train
-from msunet_core.checkpoint import read_checkpoint
-from msunet_core.cutmix import exchange_thirds
-from msunet_core.data import save_npz
-from msunet_core.distributed import Processes, SyncBatchNorm2d
-from msunet_core.stages import CHECKPOINT
+from msunet_core import StudyError, prune, train
+from msunet_core.data.cutmix import exchange_thirds
+from msunet_core.data.sources import save_npz
+from msunet_core.model.checkpoint import read_checkpoint
+from msunet_core.training import distributed
+from msunet_core.training.distributed import Processes, SyncBatchNorm2d
+from msunet_core.training.stages import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -294,7 +295,7 @@ def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):
 
 
 def test_an_own_norm_is_not_made_a_synchronised_one_of_one_process(new_network, recipe):
-    from msunet_core.training import Learner
+    from msunet_core.training.learner import Learner
 
     learner = Learner(new_network(), recipe())
     assert [m for m in learner.model.modules() if isinstance(m, SyncBatchNorm2d)] == []
@@ -357,7 +358,7 @@ def test_an_error_is_told_once_and_nobody_hangs(command, tmp_path, fault):
     assert len(errors) == 1, done.stderr
     assert errors[0].startswith(f"error: {line}")
     # torchrun tells in lines of its own that a process ended; none of ours shows where it was.
-    assert "msunet_core/stages.py" not in done.stderr
+    assert "msunet_core/training/stages.py" not in done.stderr
 
 
 if __name__ == "__main__":

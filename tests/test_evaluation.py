@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from msunet_core import StudyError, evaluate
-from msunet_core.evaluation import accuracy, class_scores
+from msunet_core.measure.evaluation import accuracy, class_scores
 
 
 def counted(scores, labels, k):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from msunet_core import StudyError, apply_opt_level, evaluate
-from msunet_core.evaluation import accuracy, class_scores
-from msunet_core.export import OnnxNetwork, export_onnx, milliseconds, plain_network
-from msunet_core.packed import pack, unpack
-from msunet_core.ternary import ternary_layers
+from msunet_core.measure.evaluation import accuracy, class_scores
+from msunet_core.measure.export import OnnxNetwork, export_onnx, milliseconds, plain_network
+from msunet_core.measure.pack import pack
+from msunet_core.measure.unpack import unpack
+from msunet_core.model.ternary import ternary_layers
 
 
 @pytest.mark.parametrize("weights", ["ternary", "binary", "float"])
@@ -44,7 +45,7 @@ def test_onnxruntime_gives_the_same_answers_for_any_number_of_images(new_network
 
 def test_the_time_is_that_of_the_calls(monkeypatch):
     clock = iter([0.0, 9.0, 9.0, 18.0, 18.0, 18.002, 19.0, 19.004, 20.0, 20.9])
-    monkeypatch.setattr("msunet_core.export.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("msunet_core.measure.export.time.perf_counter", lambda: next(clock))
     seen = []
     assert milliseconds(lambda x: seen.append(x.shape), 4, repeats=3) == pytest.approx(4.0)
     assert seen == [(4, 3, 32, 32)] * 5

@@ -13,18 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msunet_core import apply_opt_level, build_msunet, fast, precision, score
-from msunet_core.network import (
-    Block,
-    DepthwiseSeparable,
-    InvertedResidual,
-    MixedConv2d,
-    split_channels,
-)
-from msunet_core.ternary import TernaryConv2d
+from msunet_core import apply_opt_level, build_msunet, score
+from msunet_core.fast import accelerate, accelerated, blocks, library
+from msunet_core.fast.blocks import FastInvertedResidual
+from msunet_core.fast.layers import depthwise_conv, norm_act
+from msunet_core.model import precision
+from msunet_core.model.network import Block, DepthwiseSeparable, InvertedResidual, MixedConv2d, split_channels
+from msunet_core.model.ternary import TernaryConv2d
 
 ROOT = Path(__file__).parent.parent
-needs_kernels = pytest.mark.skipif(not fast.enabled(), reason="no C++ compiler or no x86-64 with AVX2")
+needs_kernels = pytest.mark.skipif(not library.enabled(), reason="no C++ compiler or no x86-64 with AVX2")
 ACTS = {"none": None, "relu": nn.ReLU(), "silu": nn.SiLU()}
 # Relative to the largest element: FP32 sums of up to some thousand terms, against FP64.
 FP32 = 2e-6
@@ -66,7 +64,7 @@ def norm_step(
     norm = copy.deepcopy(norm).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     x = x.clone().requires_grad_()
     skip = None if skip is None else skip.clone().requires_grad_()
-    y = fast.norm_act(norm, act, x, skip)
+    y = norm_act(norm, act, x, skip)
     y.backward(pixels(*x.shape, seed=9).to(x.dtype))
     found = {"y": y.detach(), "dx": x.grad, "dweight": norm.weight.grad, "dbias": norm.bias.grad}
     if skip is not None:
@@ -84,8 +82,7 @@ def test_norm_and_activation_equal_the_plain_form(shape, act, with_skip):
     x = x.contiguous(memory_format=torch.channels_last)
     skip = pixels(*shape, seed=1) if with_skip else None
     ours = norm_step(norm, ACTS[act], x, skip)
-    with fast.plain():
-        exact = norm_step(norm, ACTS[act], x.double(), None if skip is None else skip.double())
+    exact = norm_step(norm, ACTS[act], x.double(), None if skip is None else skip.double())
     # The mean of 10 standard deviations costs one digit of x * scale + shift.
     assert_close(ours, exact, 10 * FP32)
 
@@ -97,8 +94,7 @@ def test_half_precision_rounds_where_the_plain_form_does(act):
     skip = pixels(3, 21, 6, 6, seed=1, dtype=torch.float16)
     ours = norm_step(norm, ACTS[act], x, skip)
     assert ours["y"].dtype == ours["dx"].dtype == torch.float16
-    with fast.plain():
-        exact = norm_step(norm, ACTS[act], x.double(), skip.double())
+    exact = norm_step(norm, ACTS[act], x.double(), skip.double())
     assert_close(ours, exact, 2 * FP16)
 
 
@@ -110,10 +106,9 @@ def test_eval_mode_uses_and_keeps_the_running_statistics(act, dtype):
     norm, x = new_norm(13).eval(), pixels(2, 13, 5, 5, dtype=dtype)
     norm.to(dtype)
     before = copy.deepcopy(norm.state_dict())
-    ours = fast.norm_act(norm, ACTS[act], x)
+    ours = norm_act(norm, ACTS[act], x)
     assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
-    with fast.plain():
-        exact = fast.norm_act(norm.double(), ACTS[act], x.double())
+    exact = norm_act(norm.double(), ACTS[act], x.double())
     assert deviation(ours, exact) < (FP32 if dtype == torch.float32 else FP16)
 
 
@@ -124,20 +119,20 @@ def test_swish_has_the_digits_of_fp32_over_its_whole_range():
     norm, z = nn.BatchNorm2d(1).eval(), torch.linspace(-86, 86, 20001)
     norm.running_var.fill_(1 - norm.eps)
     exact = F.silu(z.double())
-    ours = fast.norm_act(norm, nn.SiLU(), pixels(1, 1, 1, len(z)).copy_(z)).flatten()
+    ours = norm_act(norm, nn.SiLU(), pixels(1, 1, 1, len(z)).copy_(z)).flatten()
     # An exponential to 1 unit in the last place, of an argument that is rounded (z times 6e-8), an addition,
     # a reciprocal and a product of half a unit each.
     bound = (4e-7 + 6e-8 * z.clamp(max=0).abs()) * exact.abs()
     assert ((ours - exact).abs() <= bound).all(), ((ours - exact).abs() / bound).max()
     far = torch.tensor([-1e30, -200.0, -88.0, 88.0, 200.0, 1e30])
-    ours = fast.norm_act(norm, nn.SiLU(), pixels(1, 1, 1, len(far)).copy_(far)).flatten()
+    ours = norm_act(norm, nn.SiLU(), pixels(1, 1, 1, len(far)).copy_(far)).flatten()
     assert torch.equal(ours[3:], far[3:]) and (ours[1:3].abs() < 1e-35).all() and ours[0].abs() < 1e-7
 
 
 def conv_step(convs: list[nn.Conv2d], x: Tensor) -> dict[str, Tensor]:
     convs = copy.deepcopy(convs)
     x = x.clone().requires_grad_()
-    y = fast.depthwise_conv(MixedConv2d(convs), x)
+    y = depthwise_conv(MixedConv2d(convs), x)
     assert is_fused(y)
     y.backward(pixels(*y.shape, seed=9).to(x.dtype))
     return {"y": y.detach(), "dx": x.grad} | {f"dw{i}": conv.weight.grad for i, conv in enumerate(convs)}
@@ -214,9 +209,9 @@ def block_input(block: nn.Module, *size: int, dtype: torch.dtype) -> Tensor:
 
 def serves_in_eval(block: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, bool]:
     """The block's output, and whether one kernel made it."""
-    called, call = [], fast._call
-    monkeypatch.setattr(fast, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
-    with torch.no_grad(), precision.WidenHalf():
+    called, call = [], blocks.call
+    monkeypatch.setattr(blocks, "call", lambda name, *rest: (called.append(name), call(name, *rest)))
+    with torch.no_grad(), precision.WidenHalf(), accelerated(block):
         y = block(x)
     monkeypatch.undo()
     return y, "residual" in called
@@ -231,7 +226,7 @@ def test_a_block_in_eval_mode_equals_the_plain_form(name, dtype, size, monkeypat
     x = block_input(block, *size, dtype=dtype)
     plain = copy.deepcopy(block).double()
     ours, is_served = serves_in_eval(block, x, monkeypatch)
-    with fast.plain(), torch.no_grad():
+    with torch.no_grad():
         exact = plain(x.double())
     assert is_served
     # In FP16 some ten values on the way are rounded, and the scales; their errors are of either sign.
@@ -244,7 +239,7 @@ def test_a_block_in_eval_mode_rounds_to_fp16_where_the_plain_form_does(name, mon
     block = BLOCKS[name]().half()
     x = block_input(block, 16, 16, dtype=torch.float16)
     ours, is_served = serves_in_eval(block, x, monkeypatch)
-    with fast.plain(), precision.WidenHalf(), torch.no_grad():
+    with precision.WidenHalf(), torch.no_grad():
         plain = block(x)
     assert is_served
     # FP32 sums in another order, rounded to FP16, now and then fall to the other side (0.2 % of them); a
@@ -255,7 +250,7 @@ def test_a_block_in_eval_mode_rounds_to_fp16_where_the_plain_form_does(name, mon
 @needs_kernels
 @torch.no_grad()
 def test_a_block_in_eval_mode_gives_the_same_bits_with_any_number_of_threads():
-    block, x = BLOCKS["stride 2"](), pixels(7, 20, 12, 12)
+    block, x = accelerate(BLOCKS["stride 2"]()), pixels(7, 20, 12, 12)
     found = []
     try:
         for threads in (1, 1, 2, 3):
@@ -279,21 +274,27 @@ def serves_in_training(
     block: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Tensor], bool]:
     """Output, gradients and running statistics of a step, and whether the block's kernels made them."""
-    called, call = [], fast._call
-    monkeypatch.setattr(fast, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
+    called, call = [], blocks.call
+    monkeypatch.setattr(blocks, "call", lambda name, *rest: (called.append(name), call(name, *rest)))
+    with accelerated(block):
+        found = block_step(block, x)
+    monkeypatch.undo()
+    return found, "project_backward" in called
+
+
+def block_step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of a step."""
     x = x.clone().requires_grad_()
     with precision.WidenHalf():
         y = block(x)
         y.backward(pixels(*y.shape, seed=9).to(x.dtype))
-    monkeypatch.undo()
     grads = {f"d {name}": p.grad for name, p in block.named_parameters() if p.grad is not None}
     buffers = {name: buffer for name, buffer in block.named_buffers() if buffer.is_floating_point()}
-    return {"y": y.detach(), "dx": x.grad, **grads, **buffers}, "project_backward" in called
+    return {"y": y.detach(), "dx": x.grad, **grads, **buffers}
 
 
-def exact_block_step(block: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    with fast.plain():
-        return serves_in_training(copy.deepcopy(block).double(), x.double(), monkeypatch)[0]
+def exact_block_step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return block_step(copy.deepcopy(block).double(), x.double())
 
 
 @needs_kernels
@@ -302,7 +303,7 @@ def exact_block_step(block: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatc
 def test_a_block_in_training_equals_the_plain_form(name, size, monkeypatch):
     block = in_training_mode(BLOCKS[name]())
     x = block_input(block, *size, dtype=torch.float32)
-    exact = exact_block_step(block, x, monkeypatch)
+    exact = exact_block_step(block, x)
     ours, is_served = serves_in_training(block, x, monkeypatch)
     assert is_served
     # Three norms one after the other: each divides by a standard deviation and adds its own rounding.
@@ -314,9 +315,8 @@ def test_a_block_in_training_equals_the_plain_form(name, size, monkeypatch):
 def test_a_block_trains_in_half_precision(name, monkeypatch):
     block = in_training_mode(BLOCKS[name](), torch.float16)
     x = block_input(block, 8, 8, dtype=torch.float16)
-    exact = exact_block_step(block, x, monkeypatch)
-    with fast.plain():
-        plain, _ = serves_in_training(copy.deepcopy(block), x, monkeypatch)
+    exact = exact_block_step(block, x)
+    plain = block_step(copy.deepcopy(block), x)
     ours, is_served = serves_in_training(block, x, monkeypatch)
     assert is_served and ours["dx"].dtype == ours["y"].dtype == torch.float16
     # Every intermediate value is rounded, and near a kink ReLU's derivative may differ, in either form; so
@@ -341,7 +341,7 @@ def test_moments_of_expanded_channels_do_not_suffer_from_a_mean_far_from_zero(mo
     block = in_training_mode(BLOCKS["skip"]())
     x = block_input(block, 9, 9, dtype=torch.float32) + 100
     x = x.contiguous(memory_format=torch.channels_last)
-    exact = exact_block_step(block, x, monkeypatch)
+    exact = exact_block_step(block, x)
     ours, is_served = serves_in_training(block, x, monkeypatch)
     assert is_served
     # x itself is rounded to 4e-6 of its standard deviation, and so is every sum of its channels.
@@ -357,12 +357,11 @@ def test_moments_that_cancel_are_summed_again_in_double(kind, monkeypatch):
         x[0, :, 0, 0] = 1000.0
     else:
         x = (x[:, :1] + 0.01 * x).contiguous(memory_format=torch.channels_last)
-    exact = exact_block_step(block, x, monkeypatch)
-    with fast.plain():
-        plain, _ = serves_in_training(copy.deepcopy(block), x, monkeypatch)
+    exact = exact_block_step(block, x)
+    plain = block_step(copy.deepcopy(block), x)
     doubles = []
-    again = fast._double_products
-    monkeypatch.setattr(fast, "_double_products", lambda *given: doubles.append(1) or again(*given))
+    again = blocks._double_products
+    monkeypatch.setattr(blocks, "_double_products", lambda *given: doubles.append(1) or again(*given))
     ours, is_served = serves_in_training(copy.deepcopy(block), x, monkeypatch)
     assert is_served and doubles == [1]
     errors = [max(deviation(found[name], exact[name]) for name in exact) for found in (ours, plain)]
@@ -379,7 +378,7 @@ def test_a_channel_without_variance_is_left_at_its_shift(monkeypatch):
                 conv.weight[0] = conv.weight.mean()  # T is 0 there
     x = block_input(block, 8, 8, dtype=torch.float32)
     x[:, 3] = 7.0
-    exact = exact_block_step(block, x, monkeypatch)
+    exact = exact_block_step(block, x)
     ours, is_served = serves_in_training(block, x, monkeypatch)
     assert is_served and ours["bn1.running_var"][0] == pytest.approx(0.9 * block_variance(block, 0), rel=1e-6)
     assert_close(ours, exact, 10 * FP32)
@@ -395,7 +394,7 @@ def block_variance(block: nn.Module, channel: int) -> float:
 def test_a_block_sums_any_batch_whole(batch, monkeypatch):
     block = in_training_mode(BLOCKS["stride 2"]())
     x = pixels(batch, 20, 6, 6)
-    exact = exact_block_step(block, x, monkeypatch)
+    exact = exact_block_step(block, x)
     ours, is_served = serves_in_training(block, x, monkeypatch)
     assert is_served
     assert_close(ours, exact, 10 * FP32)
@@ -457,7 +456,7 @@ def test_other_blocks_are_computed_layer_by_layer(monkeypatch):
     assert not serves_in_training(block, x, monkeypatch)[1]
     block.bn2.train().running_mean = block.bn2.running_mean.double()
     with pytest.raises(RuntimeError, match="Float"):  # as PyTorch says it
-        block(x)
+        accelerate(block)(x)
     few = pixels(2, 6, 6, 6)  # backward, 6 inputs are outputs, which come in fours
     assert serves_in_eval(new_block(6, 8, 2, (3,)), few, monkeypatch)[1]
     assert not serves_in_training(new_block(6, 8, 2, (3,)).train(), few, monkeypatch)[1]
@@ -470,7 +469,7 @@ def test_a_block_that_does_not_fit_together_is_left_to_pytorch_which_refuses_it(
         block = BLOCKS["skip"]().train(training)
         setattr(block, name, new_norm(getattr(block, name).num_features - 4).train(training))
         with torch.no_grad(), pytest.raises(RuntimeError, match="running_mean"):
-            block(pixels(2, 8, 6, 6))
+            accelerate(block)(pixels(2, 8, 6, 6))
 
 
 @needs_kernels
@@ -507,7 +506,7 @@ def test_depthwise_convolution_of_halves_sums_in_fp32(stride):
 def test_a_frozen_weight_gets_no_gradient():
     convs, x = depthwise_convs(8, (3,), 1), pixels(2, 8, 4, 4).requires_grad_()
     convs[0].weight.requires_grad_(False)
-    fast.depthwise_conv(convs[0], x).sum().backward()
+    depthwise_conv(convs[0], x).sum().backward()
     assert convs[0].weight.grad is None and x.grad is not None
 
 
@@ -516,7 +515,7 @@ def test_nan_passes_through():
     x = pixels(2, 4, 3, 3)
     x[0, 1, 1, 1] = float("nan")
     for act in ACTS.values():
-        y = fast.norm_act(nn.BatchNorm2d(4), act, x)
+        y = norm_act(nn.BatchNorm2d(4), act, x)
         assert y[:, 1].isnan().all() and y[:, [0, 2, 3]].isfinite().all()
 
 
@@ -550,10 +549,9 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor,
 @needs_kernels
 def test_a_training_step_is_as_exact_as_the_plain_one():
     model, images, labels = build_msunet(width=0.125), pixels(16, 3, 32, 32), torch.arange(16)
-    ours = gradients(model, images, labels)
-    with fast.plain():
-        plain = gradients(model, images, labels)
-        exact = gradients(copy.deepcopy(model).double(), images, labels)
+    ours = gradients(accelerate(copy.deepcopy(model)), images, labels)
+    plain = gradients(model, images, labels)
+    exact = gradients(copy.deepcopy(model).double(), images, labels)
     assert ours[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
     # The bias of a norm that another norm follows with nothing but linear layers between has gradient 0.
     names = [name for name, tensor in exact[1].items() if tensor.norm() > 1e-10]
@@ -572,19 +570,38 @@ def test_half_precision_networks_agree_with_the_plain_form():
     for level in ("O2", "O3"):
         model = apply_opt_level(build_msunet(width=0.125).eval(), level)
         with torch.no_grad():
-            ours = model(images)
-            with fast.plain():
-                plain = model(images)
+            plain = model(images)
+            ours = accelerate(model)(images)
         # Some 40 roundings to FP16 on the way, at other places.
         torch.testing.assert_close(ours, plain, rtol=0.03, atol=0.03 * plain.abs().max().item())
 
 
 def test_the_score_is_the_same_and_its_hooks_see_every_module():
     model = build_msunet(width=0.125)
-    ours = score(model, "O3")
-    with fast.plain():
-        plain = score(model, "O3")
+    plain = score(model, "O3")
+    ours = score(accelerate(model), "O3")
     assert ours.layers.equals(plain.layers)
+
+
+def test_an_accelerated_network_keeps_its_state_and_is_put_back():
+    model = build_msunet(width=0.0625)
+    kinds, state = [type(module) for module in model.modules()], model.state_dict()
+    with accelerated(model) as fast:
+        assert fast is model and isinstance(model.blocks[1][0], FastInvertedResidual)
+        assert list(model.state_dict()) == list(state)
+        assert all(tensor.data_ptr() == state[name].data_ptr() for name, tensor in model.state_dict().items())
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_block_derived_from_ours_keeps_what_was_derived():
+    class Doubled(DepthwiseSeparable):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block = in_eval_mode(Doubled(12, 12, ternary_1x1))
+    x = pixels(2, 12, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(accelerate(block)(x), 2 * DepthwiseSeparable.forward(block, x))
 
 
 # --- where the kernels do not apply ----------------------------------------------------------
@@ -594,15 +611,15 @@ def test_the_score_is_the_same_and_its_hooks_see_every_module():
 def test_other_tensors_take_the_plain_form():
     norm, relu = new_norm(8), nn.ReLU()
     fused = pixels(2, 8, 4, 4)
-    assert is_fused(fast.norm_act(norm, relu, fused))
+    assert is_fused(norm_act(norm, relu, fused))
     for x in (fused.contiguous(), fused[..., 1:], fused.double()):
         norm.to(x.dtype)
-        assert not is_fused(fast.norm_act(norm, relu, x))
+        assert not is_fused(norm_act(norm, relu, x))
     convs = depthwise_convs(8, (3,), 1)
-    assert is_fused(fast.depthwise_conv(convs[0], fused))
-    assert not is_fused(fast.depthwise_conv(convs[0], fused.contiguous()))
+    assert is_fused(depthwise_conv(convs[0], fused))
+    assert not is_fused(depthwise_conv(convs[0], fused.contiguous()))
     for conv in (nn.Conv2d(8, 8, 3, padding=1), *depthwise_convs(8, (9,), 1), nn.Conv2d(8, 8, 3, groups=8)):
-        assert not is_fused(fast.depthwise_conv(conv, fused))
+        assert not is_fused(depthwise_conv(conv, fused))
 
 
 @needs_kernels
@@ -612,21 +629,23 @@ def test_a_hook_sees_its_module_called(watched):
     layers = nn.ModuleDict({"norm": new_norm(12), "act": nn.SiLU(), "conv": MixedConv2d(convs)})
     seen = []
     layers.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
-    y = fast.depthwise_conv(layers["conv"], pixels(2, 12, 6, 6))
-    z = fast.norm_act(layers["norm"], layers["act"], y)
+    y = depthwise_conv(layers["conv"], pixels(2, 12, 6, 6))
+    z = norm_act(layers["norm"], layers["act"], y)
     assert is_fused(y) == (not watched.startswith("conv")) and is_fused(z) == watched.startswith("conv")
     assert seen == [1]
 
 
 def test_one_value_a_channel_is_refused_as_pytorch_does():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fast.norm_act(nn.BatchNorm2d(4), None, pixels(1, 4, 1, 1))
+        norm_act(nn.BatchNorm2d(4), None, pixels(1, 4, 1, 1))
 
 
 def run_in_new_process(**environment: str) -> str:
     code = (
-        "import torch; from msunet_core import build_msunet, fast; torch.manual_seed(0);"
-        "print(fast.enabled(), build_msunet(width=0.0625)(torch.randn(2, 3, 32, 32)).shape)"
+        "import torch; from msunet_core import build_msunet;"
+        "from msunet_core.fast import accelerate, library;"
+        "torch.manual_seed(0); model = accelerate(build_msunet(width=0.0625));"
+        "print(library.enabled(), model(torch.randn(2, 3, 32, 32)).shape)"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(
@@ -653,9 +672,9 @@ def test_without_kernels_the_plain_form_runs(fault, tmp_path, monkeypatch):
         monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     else:
         (tmp_path / "msunet").write_text("a file where the folder should be")
-    fast.library.cache_clear()
+    library.library.cache_clear()
     try:
-        assert not fast.enabled()
-        assert "NormAct" not in fast.norm_act(new_norm(4), None, pixels(2, 4, 3, 3)).grad_fn.name()
+        assert not library.enabled()
+        assert "NormAct" not in norm_act(new_norm(4), None, pixels(2, 4, 3, 3)).grad_fn.name()
     finally:
-        fast.library.cache_clear()
+        library.library.cache_clear()

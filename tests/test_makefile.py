@@ -28,15 +28,15 @@ NOTEBOOKS = [
 ALL = [*NOTEBOOKS, "pages"]
 LOOK_AT_PRUNED = [*NOTEBOOKS[3:5], "07_packed_network"]
 SHIPPED = "runs/pretrained/msunet_v3.safetensors"
-MODULES = ["__init__", "__main__", "data", "network", "report", "runner"]
+MODULES = ["__init__", "__main__", "data/sources", "model/network", "study/report", "study/runner"]
 # Set by the make, the shell or the environment that runs these tests, and not for the make under test.
 INHERITED = re.compile(r"MAKE|MFLAGS|MSUNET_|PYTHON|VIRTUAL_ENV|CONDA_")
 
 PYTHON = """#!/usr/bin/env bash
 set -e
 [ "$1" = -c ] && exit 0
-[ "$1 $2" = "-m msunet_core.report" ] && { echo pages >> log; touch "$3/index.html"; exit; }
-[ "$1 $2" = "-m msunet_core.runner" ] || { echo "$*" >> log; exit; }
+[ "$1 $2" = "-m msunet_core.study.report" ] && { echo pages >> log; touch "$3/index.html"; exit; }
+[ "$1 $2" = "-m msunet_core.study.runner" ] || { echo "$*" >> log; exit; }
 case "$3" in
 check)
   [[ "$*" != *BAD* ]] || { echo "refused" >&2; exit 1; } ;;
@@ -62,7 +62,7 @@ class Checkout:
         self.write("pyproject.toml", "")
         self.write("images.npz", "")
         for name in ("smoke", "quick"):
-            self.write(f"msunet_core/profiles/{name}.yaml", "")
+            self.write(f"msunet_core/study/profiles/{name}.yaml", "")
         for name in MODULES:
             self.write(f"msunet_core/{name}.py", "")
         for name in NOTEBOOKS:
@@ -140,11 +140,11 @@ def test_a_dry_run_says_what_would_run_and_does_nothing(done):
         ("notebooks/01_data_and_cutmix.ipynb", ["01_data_and_cutmix", "pages"]),
         ("notebooks/03_fp16_pruning.ipynb", ["03_fp16_pruning", *LOOK_AT_PRUNED, "pages"]),
         ("notebooks/02_ternary_training.ipynb", [*NOTEBOOKS[1:3], *LOOK_AT_PRUNED, "pages"]),
-        ("msunet_core/network.py", ALL),
-        ("msunet_core/profiles/smoke.yaml", ALL),
-        ("msunet_core/report.py", ["pages"]),
-        ("msunet_core/profiles/quick.yaml", []),
-        ("msunet_core/runner.py", []),
+        ("msunet_core/model/network.py", ALL),
+        ("msunet_core/study/profiles/smoke.yaml", ALL),
+        ("msunet_core/study/report.py", ["pages"]),
+        ("msunet_core/study/profiles/quick.yaml", []),
+        ("msunet_core/study/runner.py", []),
         ("msunet_core/__main__.py", []),
         ("README.md", []),
     ],
@@ -263,8 +263,8 @@ def test_notebooks_get_their_parameters_and_stages_the_inputs_they_depend_on(che
         for command in commands.values()
         if "--stage" in command
     }
-    code = {"msunet_core/__init__.py", "msunet_core/data.py", "msunet_core/network.py"}
-    common = {*code, "msunet_core/profiles/smoke.yaml", "runs/smoke/.parameters"}
+    code = {"msunet_core/__init__.py", "msunet_core/data/sources.py", "msunet_core/model/network.py"}
+    common = {*code, "msunet_core/study/profiles/smoke.yaml", "runs/smoke/.parameters"}
     assert {stage: set(inputs) for stage, inputs in stages.items()} == {
         "runs/smoke/train": common,
         "runs/smoke/prune": common | {"runs/smoke/02_ternary_training.ipynb"},

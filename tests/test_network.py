@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from msunet_core.errors import StudyError
-from msunet_core.network import MixedConv2d, build_msunet, split_channels
-from msunet_core.ternary import TernaryConv2d
+from msunet_core.fast import accelerate
+from msunet_core.model.network import MixedConv2d, build_msunet, split_channels
+from msunet_core.model.ternary import TernaryConv2d
 
 
 def words(text: str) -> list[str]:
     return text.split()
 
 
-# Weights of the published v3 checkpoint, typed from SPEC section 2.
+# Weights of the published v3 checkpoint, typed from specification §2.
 CONVS = words("""
     conv_stem
     blocks.0.0.conv_dw  blocks.0.0.conv_pw
@@ -79,7 +80,7 @@ def test_dense_parameter_count(variant, count):
     assert sum(parameter.numel() for parameter in build_msunet(variant).parameters()) == count
 
 
-# Kernel shapes, by hand from the table of SPEC section 2.
+# Kernel shapes, by hand from the table of specification §2.
 @pytest.mark.parametrize(
     ("variant", "name", "shape"),
     [
@@ -175,10 +176,9 @@ def mixed_1x1(weights: str) -> MixedConv2d:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weights", ["ternary", "binary", "float"])
 def test_one_grouped_convolution_is_the_separate_ones(weights, training):
-    grouped = mixed_1x1(weights).train(training)
-    separate = copy.deepcopy(grouped)
-    separate.one_grouped = False
-    assert grouped.one_grouped
+    separate = mixed_1x1(weights).train(training)
+    grouped = accelerate(copy.deepcopy(separate))
+    assert type(grouped) is not type(separate)
     x = torch.randn(3, 12, 5, 5, dtype=torch.float64)
     out_grad = torch.randn(3, 20, 5, 5, dtype=torch.float64)
     results = []
@@ -194,9 +194,18 @@ def test_one_grouped_convolution_is_the_separate_ones(weights, training):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_unequal_parts_stay_separate():
-    assert not MixedConv2d([nn.Conv2d(4, 4, 1), nn.Conv2d(3, 3, 1)]).one_grouped
-    assert not MixedConv2d([nn.Conv2d(4, 4, k, padding=k // 2, groups=4) for k in (3, 5)]).one_grouped
+@pytest.mark.parametrize(
+    "convs",
+    [
+        [nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)],
+        [nn.Conv2d(4, 4, k, padding=k // 2, groups=4, bias=False) for k in (3, 5)],
+    ],
+)
+def test_unequal_parts_stay_separate(convs):
+    separate = MixedConv2d(convs)
+    x = torch.randn(2, sum(conv.in_channels for conv in convs), 6, 6)
+    with torch.no_grad():
+        assert torch.equal(accelerate(copy.deepcopy(separate))(x), separate(x))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +244,7 @@ def test_config_says_how_the_network_was_built():
 
 # --- against timm ----------------------------------------------------------------------------------
 
-# SPEC section 2 in timm's words: k kernels, s stride, e expansion, c channels, se ratio of the
+# specification §2 in timm's words: k kernels, s stride, e expansion, c channels, se ratio of the
 # block's input, a1.1 / p1.1 a 1x1 split in two, nre / nsw ReLU / Swish.
 TIMM_BLOCKS = {
     "v3": [
@@ -304,7 +313,7 @@ def test_timm_gives_the_same_outputs_from_ternary_kernels():
     state: dict[str, Tensor] = dict(ours.state_dict())
     for name, module in ours.named_modules():
         if isinstance(module, TernaryConv2d):
-            state[f"{name}.weight"] = module.folded_kernel().detach()
+            state[f"{name}.weight"] = module.kernel().detach()
     theirs.load_state_dict(state)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():

@@ -14,11 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from msunet_core import StudyError, apply_opt_level, build_msunet, evaluate, packed, score
-from msunet_core.checkpoint import save_checkpoint
-from msunet_core.packed import account, load_network, pack, unpack
-from msunet_core.pruning import prune_to_target, smallest_mask
-from msunet_core.ternary import ternary_layers, ternary_scale
+from msunet_core import StudyError, apply_opt_level, build_msunet, evaluate, score
+from msunet_core.measure import pack as pack_module
+from msunet_core.measure import packed_format
+from msunet_core.measure import unpack as unpack_module
+from msunet_core.measure.account import account
+from msunet_core.measure.pack import MERGE_TOLERANCE, pack, provenance_of
+from msunet_core.measure.unpack import load_network, unpack
+from msunet_core.model.checkpoint import save_checkpoint
+from msunet_core.model.pruning import prune_to_target, smallest_mask
+from msunet_core.model.ternary import ternary_layers, ternary_scale
 
 
 @torch.no_grad()
@@ -83,7 +88,7 @@ def test_any_network_comes_back_as_it_was(seed, tmp_path):
         ((scores - wanted).abs().max() / wanted.abs().max()).item()
         for scores in (class_scores(merged), class_scores(model, "O0"))
     )
-    assert apart <= packed.MERGE_TOLERANCE + moved
+    assert apart <= MERGE_TOLERANCE + moved
     cost = score(source, "O3")
     for unpacked in (plain, merged):
         assert score(unpacked, "O3") == cost
@@ -315,13 +320,13 @@ def test_files_of_other_kinds_are_refused_by_name(new_network, tmp_path):
 
 def forged(path, change):
     """A file with metadata or streams changed by somebody who knows how to make a digest."""
-    reader = packed._Reader(path)
+    reader = unpack_module.Reader(path)
     header = reader.header()
     about = json.loads(header["__metadata__"]["packed"])
     streams = {name: stream.copy() for name, stream in reader._streams(header).items()}
     changed = change(about, streams)
     about, streams = changed if isinstance(changed, tuple) else (about, streams)
-    path.write_bytes(packed._assemble(json.dumps(about), streams))
+    path.write_bytes(pack_module._assemble(json.dumps(about), streams))
     return path
 
 
@@ -372,7 +377,7 @@ def test_what_a_file_claims_is_checked_before_it_is_believed(packed_file, monkey
         built.append(torch.empty(0).device.type)
         return build_msunet(**arguments)
 
-    monkeypatch.setattr(packed, "build_msunet", build)
+    monkeypatch.setattr(unpack_module, "build_msunet", build)
     assert message in refusal(forged(packed_file, change))
     assert set(built) <= {"meta"}, "a network was allocated for a file that is refused"
 
@@ -391,8 +396,8 @@ def test_streams_must_be_where_the_header_says(packed_file):
         wrong(header)
         line = json.dumps(header, separators=(",", ":")).encode()
         forgery = len(line).to_bytes(8, "little") + line + content[end:]
-        at = packed._DIGEST_AT
-        forgery = forgery[: at.start] + packed._digest(forgery) + forgery[at.stop :]
+        at = packed_format.DIGEST_AT
+        forgery = forgery[: at.start] + packed_format.digest_of(forgery) + forgery[at.stop :]
         packed_file.write_bytes(forgery)
         assert "digest" not in refusal(packed_file)
 
@@ -438,7 +443,7 @@ def test_packed_files_checkpoints_and_published_files_open_by_one_function(new_n
     assert torch.equal(load_network(own)[0].conv_stem.weight, model.conv_stem.weight)
     assert load_network(published)[1]["format"] == "pth.tar"
     found, info = load_network(small)
-    assert (info["format"], info["dtype"], found.training) == (packed.FORMAT, "float16", False)
+    assert (info["format"], info["dtype"], found.training) == (packed_format.FORMAT, "float16", False)
     with pytest.raises(StudyError, match="variant 'v9' is unknown"):
         load_network(small, "v9")
     with pytest.raises(StudyError, match="is not an MSUNet-v1 but an MSUNet-v3: give that variant"):
@@ -450,18 +455,18 @@ def test_packed_files_checkpoints_and_published_files_open_by_one_function(new_n
 
 
 def test_the_shipped_network_is_found_or_missed_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "SHIPPED", tmp_path / "msunet_v3.safetensors")
+    monkeypatch.setattr(unpack_module, "SHIPPED", tmp_path / "msunet_v3.safetensors")
     with pytest.raises(StudyError, match=r"msunet_v3\.safetensors is not there, and no checkpoint was given"):
-        packed.shipped()
-    packed.SHIPPED.touch()
-    assert packed.shipped() == packed.SHIPPED
+        unpack_module.shipped()
+    unpack_module.SHIPPED.touch()
+    assert unpack_module.shipped() == unpack_module.SHIPPED
 
 
 def test_provenance_is_what_the_run_says_and_short(tmp_path):
     stage = tmp_path / "run" / "prune"
     stage.mkdir(parents=True)
     info = {"stage": "prune", "epoch": 4, "history": [{"loss": 1.0}] * 1000}
-    assert packed.provenance_of(stage / "checkpoint.safetensors", info) == {"stage": "prune", "epoch": 4}
+    assert provenance_of(stage / "checkpoint.safetensors", info) == {"stage": "prune", "epoch": 4}
     run = {
         "command": "make reproduce",
         "profile": "smoke",
@@ -472,10 +477,10 @@ def test_provenance_is_what_the_run_says_and_short(tmp_path):
         "packages": {"torch": "2"},
     }
     (stage.parent / "provenance.json").write_text(json.dumps(run))
-    found = packed.provenance_of(stage / "checkpoint.safetensors", info)
+    found = provenance_of(stage / "checkpoint.safetensors", info)
     assert found == {
         **{name: run[name] for name in ("command", "profile", "seed", "wall_seconds", "hardware")},
         **{"stage": "prune", "epoch": 4, "commit": "abc"},
     }
     (stage.parent / "provenance.json").write_text("{")
-    assert packed.provenance_of(stage / "checkpoint.safetensors", info) == {"stage": "prune", "epoch": 4}
+    assert provenance_of(stage / "checkpoint.safetensors", info) == {"stage": "prune", "epoch": 4}

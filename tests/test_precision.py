@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from msunet_core import StudyError, apply_opt_level, build_msunet
-from msunet_core.precision import MasterWeights, WidenHalf
+from msunet_core.model.precision import WidenHalf
+from msunet_core.training.masters import MasterWeights
 
 
 @pytest.fixture

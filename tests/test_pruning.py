@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msunet_core import StudyError, build_msunet
-from msunet_core.pruning import Pruner, cubic_sparsity, prune_to_target, smallest_mask
+from msunet_core.model.pruning import Pruner, cubic_sparsity, prune_to_target, smallest_mask
 
 
 def named(model):

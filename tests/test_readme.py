@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from msunet_core import score, unpack
-from msunet_core.packed import SHIPPED
+from msunet_core.measure.unpack import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from msunet_core import report
 from msunet_core.errors import StudyError
+from msunet_core.study import report
 
 
 @pytest.fixture

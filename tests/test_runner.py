@@ -14,9 +14,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from msunet_core import runner
 from msunet_core.errors import StudyError
 from msunet_core.files import lock_folder
+from msunet_core.study import runner, ship
 
 pytestmark = pytest.mark.slow  # each starts a kernel
 
@@ -192,7 +192,7 @@ def test_an_interrupt_reaches_the_cell_and_leaves_no_target(notebook, output, tm
         f"    pathlib.Path({str(saved)!r}).touch()\n"
         "    raise"
     )
-    command = [sys.executable, "-m", "msunet_core.runner", "run", str(path), str(output)]
+    command = [sys.executable, "-m", "msunet_core.study.runner", "run", str(path), str(output)]
     # A group of its own, as a terminal gives it: the signal is for the runner, not for the tests.
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
@@ -217,7 +217,7 @@ def wait_for(path: Path) -> None:
 @pytest.mark.slow
 def test_the_lock_lasts_as_long_as_the_command_and_names_it(tmp_path):
     folder = tmp_path / "smoke"
-    lock = [sys.executable, "-m", "msunet_core.runner", "lock", str(folder), "--"]
+    lock = [sys.executable, "-m", "msunet_core.study.runner", "lock", str(folder), "--"]
     environment = {**os.environ, "MSUNET_COMMAND": "make reproduce RUN=smoke"}
     # The sleeping child outlives the command that was locked, as a notebook may outlive a killed make.
     held = f"touch {tmp_path}/held; sleep 60 & echo $! > {tmp_path}/pid; kill -9 $$"
@@ -264,7 +264,7 @@ def test_refreshing_a_notebook_that_fails_keeps_the_committed_one(notebook):
 
 
 def finished_run(folder):
-    for name in runner.EVIDENCE:
+    for name in ship.EVIDENCE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     told = {"command": "make prune", "parameters": {"DATA": "/home/somebody/images/cifar100.npz", "SEED": 0}}
@@ -275,8 +275,8 @@ def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_pa
     finished_run(tmp_path / "run")
     assert runner.main(["ship", str(tmp_path / "run"), str(tmp_path / "shipped")]) == 0
     shipped = tmp_path / "shipped"
-    assert {n: (shipped / n).read_bytes().decode() for n in runner.EVIDENCE.values()} == {
-        name: source for source, name in runner.EVIDENCE.items()
+    assert {n: (shipped / n).read_bytes().decode() for n in ship.EVIDENCE.values()} == {
+        name: source for source, name in ship.EVIDENCE.items()
     }
     told = json.loads((shipped / "provenance.json").read_text())
     assert told == {"command": "make prune", "parameters": {"DATA": "cifar100.npz", "SEED": 0}}

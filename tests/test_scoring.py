@@ -1,4 +1,4 @@
-"""The score: SPEC section 9 by hand, the published counts, and the network that is its unit."""
+"""The score: specification §9 by hand, the published counts, and the network that is its unit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from msunet_core.errors import StudyError
-from msunet_core.network import MixedConv2d, SqueezeExcite, build_msunet
-from msunet_core.precision import apply_opt_level
-from msunet_core.scoring import published_table, score, ternary_sparsity_at
-from msunet_core.ternary import TernaryConv2d
-from msunet_core.wide_resnet import wide_resnet
+from msunet_core.fast import accelerate
+from msunet_core.measure.scoring import published_table, score, ternary_sparsity_at
+from msunet_core.measure.wide_resnet import wide_resnet
+from msunet_core.model.network import MixedConv2d, SqueezeExcite, build_msunet
+from msunet_core.model.precision import apply_opt_level
+from msunet_core.model.ternary import TernaryConv2d
 
 SE = r"blocks\.[23]\.[01]\.se\.conv_(reduce|expand)\.weight"
 DEPTHWISE = r"blocks\.[23]\.[01]\.conv_dw\.[012]\.weight"
@@ -146,9 +147,8 @@ def test_the_strided_mixed_depthwise_convolution_counts_each_kernel_by_its_share
 
 @pytest.mark.parametrize("weights", ["ternary", "binary", "float"])
 def test_a_grouped_1x1_costs_the_sum_of_its_parts_and_none_is_counted_twice(weights):
-    model = build_msunet("v3", weights=weights, width=0.5)
+    model = accelerate(build_msunet("v3", weights=weights, width=0.5))
     expand = model.blocks[2][1].conv_pw
-    assert expand.one_grouped  # so its children are never called
     parts = sum(
         (
             score(conv, input_size=(conv.in_channels, 16, 16)).layers[["params", "mults", "adds"]].iloc[0]
@@ -160,8 +160,14 @@ def test_a_grouped_1x1_costs_the_sum_of_its_parts_and_none_is_counted_twice(weig
     mixed = layers[layers["name"].str.startswith("blocks.2.1.conv_pw.")]
     assert list(mixed["name"]) == ["blocks.2.1.conv_pw.0", "blocks.2.1.conv_pw.1"]
     assert mixed[["params", "mults", "adds"]].sum().to_dict() == parts.to_dict()
-    expand.one_grouped = False  # now they are called, and the count is the same
-    pd.testing.assert_frame_equal(score(model).layers, layers)
+
+
+def test_at_o1_batch_norm_stays_apart_from_convolutions_that_are_cast_to_halves():
+    model = build_msunet("v3", width=0.25)
+    costs = {level: score(model, level).by_kind() for level in ("O0", "O1", "O2")}
+    kinds = {level: [kind for kind in cost.index if "batch norm" in kind] for level, cost in costs.items()}
+    assert kinds == {"O0": ["batch norm, merged"], "O1": ["batch norm, apart"], "O2": ["batch norm, apart"]}
+    assert costs["O1"]["params"]["batch norm, apart"] == 2 * costs["O0"]["params"]["batch norm, merged"]
 
 
 def test_every_parameter_of_a_float_network_is_counted_once():

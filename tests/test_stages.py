@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -24,16 +25,17 @@ from msunet_core import (
     StudyError,
     build_msunet,
     evaluate,
-    fast,
     load_checkpoint,
     load_data,
     prune,
     train,
 )
-from msunet_core.augment import EpochPlan
-from msunet_core.checkpoint import read_checkpoint, save_checkpoint
-from msunet_core.evaluation import accuracy, class_scores
-from msunet_core.stages import CHECKPOINT
+from msunet_core.data.augment import EpochPlan
+from msunet_core.fast import library
+from msunet_core.measure.evaluation import accuracy, class_scores
+from msunet_core.model.checkpoint import read_checkpoint, read_momentum, save_checkpoint
+from msunet_core.model.ternary import ternary_layers
+from msunet_core.training.stages import CHECKPOINT
 
 STAGES = {
     "train-O0": (train, {}),
@@ -54,7 +56,9 @@ def contents(folder: Path) -> dict:
     found = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
     # JSON text, since NaN is not equal to itself.
     found |= {key: json.dumps(value) for key, value in info.items()}
-    return found | {name: (folder / name).read_text() for name in ("history.csv", "metrics.json")}
+    return found | {
+        name: (folder / name).read_text() for name in ("history.csv", "layers.csv", "metrics.json")
+    }
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -122,7 +126,7 @@ def test_a_stopped_stage_ends_bit_for_bit_as_one_never_stopped(
 def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(
     images, new_network, recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("msunet_core.stages.BATCH_SIZE", 5)  # 12 test images, so 3 batches
+    monkeypatch.setattr("msunet_core.training.stages.BATCH_SIZE", 5)  # 12 test images, so 3 batches
     train(new_network(), images, recipe(), tmp_path / "whole", progress=False)
     batches = []
 
@@ -132,7 +136,7 @@ def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(
         return class_scores(model, batch, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("msunet_core.stages.class_scores", signalled)
+        patch.setattr("msunet_core.training.stages.class_scores", signalled)
         with pytest.raises(SystemExit):
             train(new_network(), images, recipe(), tmp_path / "stopped", progress=False)
     assert batches == [5]
@@ -415,7 +419,7 @@ def test_weights_that_are_not_finite_are_never_saved(images, new_network, recipe
 def test_a_loss_scale_that_falls_without_end_stops_the_stage(
     images, new_network, recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("msunet_core.stages.MIN_LOSS_SCALE", 2.0**17)  # above what it starts with
+    monkeypatch.setattr("msunet_core.training.stages.MIN_LOSS_SCALE", 2.0**17)  # above what it starts with
     with pytest.raises(StudyError, match=r"epoch 0: the loss scale fell to .*lower lr 0.05 or train at O0"):
         train(new_network(), images, recipe(opt_level="O2"), tmp_path, progress=False)
     assert not (tmp_path / CHECKPOINT).exists()
@@ -473,9 +477,9 @@ def test_within_an_epoch_no_value_is_read_where_losses_are_read_late(
 
     monkeypatch.setattr(EpochPlan, "step", planned)
     if late:
-        monkeypatch.setattr("msunet_core.stages.LIVE_LOSS", ())
-    with fast.plain():  # as on a device that the CPU's kernels do not serve
-        run(new_network(), images, config, tmp_path, progress=watch)
+        monkeypatch.setattr("msunet_core.training.stages.LIVE_LOSS", ())
+    monkeypatch.setenv("MSUNET_FAST", "0")  # as on a device that the CPU's kernels do not serve
+    run(new_network(), images, config, tmp_path, progress=watch)
     assert len(reads.seen) == 0 if late else len(reads.seen) >= 4, reads.seen
 
 
@@ -483,7 +487,7 @@ def test_within_an_epoch_no_value_is_read_where_losses_are_read_late(
 def test_losses_read_late_are_the_same_losses(images, new_network, recipe, tmp_path, monkeypatch, step):
     config = recipe(opt_level="O2")
     train(new_network(), images, config, tmp_path / "live", progress=False)
-    monkeypatch.setattr("msunet_core.stages.LIVE_LOSS", ())
+    monkeypatch.setattr("msunet_core.training.stages.LIVE_LOSS", ())
     if step:
         with pytest.raises(SystemExit):
             train(new_network(), images, config, tmp_path / "late", progress=stop_at(step, signal.SIGTERM))
@@ -497,7 +501,7 @@ def test_losses_read_late_are_the_same_losses(images, new_network, recipe, tmp_p
 def test_a_loss_that_is_not_finite_is_named_at_the_end_of_its_epoch_where_losses_are_read_late(
     images, new_network, recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("msunet_core.stages.LIVE_LOSS", ())
+    monkeypatch.setattr("msunet_core.training.stages.LIVE_LOSS", ())
     network, steps = new_network(), []
 
     def spoil(done, total, text):
@@ -543,8 +547,8 @@ def mean_losses(images, folder: Path, **changes) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not fast.enabled(), reason="no fast way here")
-def test_the_fast_way_trains_along_the_same_curve_within_the_noise_of_three_seeds(tmp_path):
+@pytest.mark.skipif(not library.enabled(), reason="no fast way here")
+def test_the_fast_way_trains_along_the_same_curve_within_the_noise_of_three_seeds(tmp_path, monkeypatch):
     """Difference of the seeds' mean curves, over the epochs' mean, against their spread between seeds."""
     everything = load_data("synthetic", limit=16)
     few, few_test = everything.train_labels < 8, everything.test_labels < 8
@@ -557,9 +561,9 @@ def test_the_fast_way_trains_along_the_same_curve_within_the_noise_of_three_seed
         source="few",
     )
     quick = mean_losses(images, tmp_path / "fast")
-    with fast.plain():
-        plain = mean_losses(images, tmp_path / "plain")
-        other = mean_losses(images, tmp_path / "other", lr=0.1)
+    monkeypatch.setenv("MSUNET_FAST", "0")
+    plain = mean_losses(images, tmp_path / "plain")
+    other = mean_losses(images, tmp_path / "other", lr=0.1)
     spread = plain.std(axis=0, ddof=1).mean()
 
     def ratio(curves: np.ndarray) -> float:
@@ -657,3 +661,39 @@ def test_deterministic_mode_resumes_bit_for_bit_on_a_gpu(images, new_network, re
         train(new_network(), images, config, tmp_path / "stopped", device="cuda", progress=stop_at(5, Killed))
     train(new_network(), images, config, tmp_path / "stopped", device="cuda", progress=False)
     assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_pruning_goes_on_with_the_momentum_of_training(images, new_network, recipe, tmp_path):
+    trained = train(new_network(), images, recipe(), tmp_path / "train", progress=False)
+    momentum = read_momentum(trained.checkpoint)
+    assert any(tensor.abs().sum() > 0 for tensor in momentum.values())
+    # At rate 0 no weight moves; the momentum decays and takes in gradients, from what it began with.
+    config = recipe(pruner="V2", freeze_ternary=True, lr=0.0, warmup_epochs=0, epochs=1)
+    found = {}
+    for name, given in (("with", momentum), ("without", None)):
+        start = copy.deepcopy(trained.model)
+        result = prune(start, images, config, tmp_path / name, momentum=given, progress=False)
+        found[name] = read_momentum(result.checkpoint)
+    ternary = {f"{name}.weight" for name in ternary_layers(trained.model)}
+    assert found["with"].keys() == momentum.keys() - ternary  # frozen ones have none
+    for name, tensor in found["with"].items():
+        # Three steps of momentum 0.9 on the same gradients: what it began with is left by 0.9^3.
+        left = 0.9**3 * momentum[name]
+        torch.testing.assert_close(tensor, found["without"][name] + left, rtol=1e-4, atol=1e-6)
+    with pytest.raises(StudyError, match="it began with other momentum"):
+        prune(copy.deepcopy(trained.model), images, config, tmp_path / "with", progress=False)
+
+
+def test_each_epoch_leaves_a_row_for_each_ternary_layer(images, new_network, recipe, tmp_path):
+    model = new_network()
+    before = {name: layer.weight.std().item() for name, layer in ternary_layers(model).items()}
+    result = train(model, images, recipe(), tmp_path, progress=False)
+    table = pd.read_csv(tmp_path / "layers.csv")
+    assert table["epochs"].tolist() == [epoch for epoch in range(4) for _ in before]
+    first = table[table["epochs"] == 0].set_index("layer")["spread"]
+    assert first.to_dict() == pytest.approx(before, rel=1e-6)
+    last = table[table["epochs"] == 3].set_index("layer")
+    for name, layer in ternary_layers(result.model).items():
+        signs = layer.signs()
+        assert last.loc[name, "zeros"] == (signs == 0).double().mean().item()
+        assert last.loc[name, "empty_channels"] == (signs.abs().sum((1, 2, 3)) == 0).double().mean().item()

@@ -8,11 +8,13 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from msunet_core import ImageData, StudyError, figures, packed
-from msunet_core.checkpoint import save_checkpoint
-from msunet_core.config import load_profile
-from msunet_core.stages import CHECKPOINT
-from msunet_core.study import Study, _LiveLine, new_network
+from msunet_core import ImageData, StudyError, pack
+from msunet_core.measure import unpack as unpack_module
+from msunet_core.model.checkpoint import save_checkpoint
+from msunet_core.study import figures
+from msunet_core.study.profile import load_profile
+from msunet_core.study.run import Study, _LiveLine, new_network
+from msunet_core.training.stages import CHECKPOINT
 
 
 @pytest.fixture
@@ -80,8 +82,8 @@ def test_a_missing_stage_names_the_notebook_that_makes_it(study):
 def shipped(tmp_path, monkeypatch, new_network):
     """A stand-in for the shipped network, of a width that no profile has."""
     path = tmp_path / "msunet_v3.safetensors"
-    packed.pack(new_network(num_classes=100, width=0.0625), path)
-    monkeypatch.setattr(packed, "SHIPPED", path)
+    pack(new_network(num_classes=100, width=0.0625), path)
+    monkeypatch.setattr(unpack_module, "SHIPPED", path)
     return path
 
 
@@ -156,7 +158,7 @@ def test_the_progress_line_is_one_display_updated_in_place():
 
 
 def test_a_picture_is_the_image_whether_normalised_or_not(study):
-    from msunet_core.data import normalise
+    from msunet_core.data.images import normalise
 
     images = study.data.train_images[:2]
     plain, back = figures.as_picture(images[0]), figures.as_picture(normalise(images)[0])

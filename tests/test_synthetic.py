@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from msunet_core import load_data
+from msunet_core.data.synthetic import CLASS_NAMES, CLASSES, make_synthetic
 from msunet_core.errors import StudyError
-from msunet_core.synthetic import CLASS_NAMES, CLASSES, make_synthetic
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""Ternary weights: SPEC section 3 by the letter, its gradient, its schedule and its corners."""
+"""Ternary weights: specification §3 by the letter, its gradient, its schedule and its corners."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 
@@ -11,26 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msunet_core.cutmix import cutmix_loss
 from msunet_core.errors import StudyError
-from msunet_core.network import build_msunet
-from msunet_core.ternary import (
+from msunet_core.model.network import build_msunet
+from msunet_core.model.ternary import (
     ALPHA,
     TernaryConv2d,
-    alpha_schedule,
-    folded_kernel,
     freeze_ternary,
     set_alpha,
-    shared_kernels,
     ternarize,
-    ternary_groups,
     ternary_layers,
     ternary_scale,
 )
+from msunet_core.training.schedules import alpha_schedule
 
 
 def slow_signs(weight: Tensor, alpha: float) -> list[int]:
-    """SPEC section 3, one weight at a time, in Python's own FP64."""
+    """specification §3, one weight at a time, in Python's own FP64."""
     values = weight.flatten().tolist()
     mean, std = statistics.fmean(values), statistics.stdev(values)
     signs = []
@@ -73,26 +68,23 @@ def test_scale_is_sqrt_of_two_over_fan_in_times_inverse_density():
 
 
 def test_scale_keeps_the_variance_of_a_kaiming_initialisation():
-    kernel = layer().folded_kernel()
+    kernel = layer().kernel()
     assert kernel.square().mean().item() == pytest.approx(2 / 12, rel=1e-12)  # FP64 rounding
 
 
 @pytest.mark.parametrize("weights", ["ternary", "binary"])
-def test_gradient_passes_straight_through(weights):
+def test_the_gradient_of_the_kernel_passes_straight_through(weights):
     conv = layer(weights)
     x = torch.randn(3, 12, 5, 5, dtype=torch.float64)
     out_grad = torch.randn(3, 8, 5, 5, dtype=torch.float64)
     conv.train()(x).backward(out_grad)
-    # The gradient of W is that of T in scale * conv(x, T), computed here by autograd with T as the leaf.
-    signs = conv.signs().requires_grad_()
-    (ternary_scale(signs.detach()) * F.conv2d(x, signs)).backward(out_grad)
-    folded = conv.folded_kernel().detach().requires_grad_()
-    F.conv2d(x, folded).backward(out_grad)
+    # dL/dK by autograd, with K = sqrt(M) * T as the leaf; dL/dT would be smaller by sqrt(M).
+    signs = conv.signs()
+    kernel = (ternary_scale(signs) * signs).requires_grad_()
+    F.conv2d(x, kernel).backward(out_grad)
+    assert ternary_scale(signs) < 0.7
     # FP64 sums of 75 products in another order
-    torch.testing.assert_close(conv.weight.grad, signs.grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        conv.weight.grad, ternary_scale(conv.signs()) * folded.grad, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(conv.weight.grad, kernel.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", ["ternary", "binary"])
@@ -201,53 +193,3 @@ def test_a_batch_of_one_is_a_row_of_the_batch():
 def test_unknown_weights_are_refused():
     with pytest.raises(StudyError, match="octal"):
         TernaryConv2d(4, 4, weights="octal", alpha=ALPHA)
-
-
-# --- once for a step --------------------------------------------------------------------------------------
-
-
-def consistency_step(model: nn.Module, *, shared: bool) -> list[Tensor]:
-    """Loss, and gradients of all weights, of three forward passes."""
-    images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6)
-    partner, box, lam = torch.tensor([3, 4, 5, 0, 1, 2]), torch.tensor([1, 5, 2, 7]), torch.tensor(0.7)
-    with shared_kernels() if shared else contextlib.nullcontext():
-        loss, _ = cutmix_loss(model, images, labels, partner, box, lam)
-        loss.backward()
-    return [loss.detach(), *(weight.grad for weight in model.parameters())]
-
-
-def test_three_passes_ternarize_each_layer_once_and_compute_the_same(monkeypatch):
-    calls: list[TernaryConv2d] = []
-    signs = TernaryConv2d.signs
-    monkeypatch.setattr(TernaryConv2d, "signs", lambda layer: calls.append(layer) or signs(layer))
-    found = []
-    for shared, expected in ((True, 18), (False, 54)):
-        torch.manual_seed(0)
-        found.append(consistency_step(build_msunet(width=0.0625, num_classes=6).double(), shared=shared))
-        assert len(calls) == expected
-        calls.clear()
-    for once, thrice in zip(*found, strict=True):
-        # FP64: three gradients are summed before the scale multiplies them instead of after.
-        torch.testing.assert_close(once, thrice, rtol=1e-10, atol=1e-12)
-
-
-def test_after_a_step_changed_weights_count():
-    conv = layer()
-    with shared_kernels():
-        before = conv.folded_kernel().detach()
-        assert torch.equal(conv.folded_kernel(), before)
-    with torch.no_grad():
-        conv.weight.neg_()
-    with shared_kernels():
-        torch.testing.assert_close(conv.folded_kernel().detach(), -before)
-    torch.testing.assert_close(conv.folded_kernel().detach(), -before)
-
-
-def test_layers_that_run_as_one_are_folded_as_one_in_the_order_of_the_model():
-    model = build_msunet("v3", width=0.125)
-    groups = ternary_groups(model)
-    assert [layer for group in groups for layer in group] == list(ternary_layers(model).values())
-    assert sorted(map(len, groups)) == [1] * 6 + [2] * 6
-    pair = next(group for group in groups if len(group) == 2)
-    apart = torch.cat([conv.folded_kernel() for conv in pair])
-    assert torch.equal(folded_kernel(pair), apart)

@@ -1,4 +1,4 @@
-"""One training step: rates, weight decay, ternary weights, masks, loss scale (SPEC sections 5 to 8)."""
+"""One training step: rates, weight decay, ternary weights, masks, loss scale (specification §5 to §8)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from msunet_core import StageConfig, StudyError, load_profile
-from msunet_core.augment import augment, draw_epoch_plan
-from msunet_core.ternary import ternary_layers
-from msunet_core.training import Learner, alpha_of_epoch, deterministic, first_bad_layer, learning_rate
+from msunet_core.data.augment import augment, draw_epoch_plan
+from msunet_core.model.ternary import ternary_layers
+from msunet_core.training.learner import Learner, deterministic, first_bad_layer
+from msunet_core.training.schedules import alpha_of_epoch, learning_rate
 
 
 def plan_for(images, batch_size=8, epoch=0, **choices):
@@ -71,8 +72,10 @@ def test_the_rate_of_the_pruning_stage_is_the_published_one(epoch, rate):
 def test_v1_prunes_with_a_cosine_from_1e_3_to_5e_4():
     config = load_profile("paper", variant="v1").prune
     rates = [learning_rate(config, epoch) for epoch in range(config.epochs + 1)]
-    assert (rates[0], rates[75], rates[150]) == pytest.approx((1e-3, 7.5e-4, 5e-4), rel=1e-12)
-    assert rates == sorted(rates, reverse=True)
+    # It begins anew at epoch 150, before the epoch of the published checkpoint, 156.
+    assert (rates[0], rates[75], rates[150]) == pytest.approx((1e-3, 7.5e-4, 1e-3), rel=1e-12)
+    assert min(rates) == rates[149] == pytest.approx(5e-4, rel=1e-3)
+    assert rates[:150] == sorted(rates[:150], reverse=True)
 
 
 def test_one_cycle_climbs_to_the_peak_and_falls_to_the_end_within_epochs():

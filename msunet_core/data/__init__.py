@@ -1,0 +1,1 @@
+"""The images: sources, augmentation, CutMix."""

@@ -1,0 +1,5 @@
+"""Speed behind one door: :func:`accelerate`."""
+
+from .accelerate import accelerate, accelerated
+
+__all__ = ["accelerate", "accelerated"]

@@ -1,0 +1,1 @@
+"""The network as the paper tells it, in plain PyTorch, and its checkpoints."""

@@ -1,0 +1,106 @@
+"""Magnitude pruning of squeeze-excitation, depthwise and classifier weights (specification §7).
+
+The sparsity climbs along the cubic schedule of arXiv:1710.01878; masks are chosen anew at the
+start of each epoch and a pruned weight stays exactly 0.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StudyError, closest
+
+RAMP_EPOCHS = 100
+# Group: (which parameters, share of zeros at the end of the ramp).
+GROUPS: dict[str, tuple[str, float]] = {
+    "se": (r"blocks\.[23]\.[01]\.se\.conv_(reduce|expand)\.weight", 0.9),
+    "dw": (r"blocks\.[23]\.[01]\.conv_dw(\.[012])?\.weight", 0.5),
+    "classifier": (r"classifier\.weight", 0.9),
+}
+PRUNERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "V1": ("se",),
+    "V2": ("se", "dw"),
+    "V3": ("se", "dw", "classifier"),
+}
+
+
+def cubic_sparsity(epoch: int, target: float, ramp_epochs: int = RAMP_EPOCHS) -> float:
+    """s_e = s - s*(1 - e/ramp)^3, and s from e = ramp on."""
+    if epoch >= ramp_epochs:
+        return target
+    return target - target * (1.0 - epoch / ramp_epochs) ** 3
+
+
+def smallest_mask(weight: Tensor, sparsity: float) -> Tensor:
+    """Boolean mask of ``weight``'s shape, False at its int(sparsity * numel) smallest magnitudes.
+
+    Exactly so many: of equal magnitudes the earlier ones go first.
+    """
+    mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    order = weight.detach().abs().flatten().argsort(stable=True)
+    mask[order[: int(sparsity * weight.numel())]] = False
+    return mask.view(weight.shape)
+
+
+class Pruner:
+    """Masks over named FP32 tensors: ``update`` at the start of an epoch, ``apply`` around each step.
+
+    Parameters
+    ----------
+    weights : FP32 (master) weights by state-dict name
+    pruner : "none", "V1" (se), "V2" (se + dw) or "V3" (se + dw + classifier)
+    ramp_epochs : epochs until the target sparsity is reached
+    """
+
+    def __init__(self, weights: dict[str, Tensor], pruner: str = "V2", ramp_epochs: int = RAMP_EPOCHS):
+        if pruner not in PRUNERS:
+            raise StudyError(f"pruner {pruner!r} is unknown; {closest(pruner, PRUNERS)}")
+        self.ramp_epochs = ramp_epochs
+        self.weights: dict[str, Tensor] = {}
+        self.target: dict[str, float] = {}
+        self.group: dict[str, str] = {}
+        for group in PRUNERS[pruner]:
+            pattern, target = GROUPS[group]
+            for name, weight in weights.items():
+                if re.fullmatch(pattern, name):
+                    self.weights[name], self.target[name], self.group[name] = weight, target, group
+        self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+
+    def update(self, epoch: int) -> None:
+        """Choose the masks of an epoch from the magnitudes the weights have now."""
+        for name, weight in self.weights.items():
+            sparsity = cubic_sparsity(epoch, self.target[name], self.ramp_epochs)
+            self.masks[name].copy_(smallest_mask(weight, sparsity))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set every pruned weight to exactly 0."""
+        if self.masks:
+            for name, weight in self.weights.items():
+                weight.masked_fill_(~self.masks[name], 0.0)
+
+    def sparsity(self) -> dict[str, float]:
+        """Share of exact zeros per tensor, counted on the weights themselves."""
+        return {name: (weight == 0).float().mean().item() for name, weight in self.weights.items()}
+
+    def group_sparsity(self) -> dict[str, float]:
+        """Share of exact zeros per group."""
+        zeros: dict[str, list[int]] = {}
+        for name, weight in self.weights.items():
+            tally = zeros.setdefault(self.group[name], [0, 0])
+            tally[0] += int((weight == 0).sum())
+            tally[1] += weight.numel()
+        return {group: zero / count for group, (zero, count) in zeros.items()}
+
+
+@torch.no_grad()
+def prune_to_target(model: nn.Module, pruner: str = "V2") -> dict[str, float]:
+    """Prune a model at once to the published sparsities; returns the share of zeros per tensor."""
+    one_shot = Pruner(dict(model.named_parameters()), pruner, ramp_epochs=0)
+    one_shot.update(0)
+    one_shot.apply()
+    return one_shot.sparsity()

@@ -1,0 +1,156 @@
+"""Ternary 1x1 convolutions (after arXiv:1802.08530; specification §3).
+
+A weight tensor W is replaced by K = sqrt(M) * T with T in {-1, 0, +1}. The float W is kept and
+trained: it gets the gradient of K unchanged, straight through.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import StudyError
+
+# The published threshold in standard deviations. Phi^-1(0.75) = 0.67449 would make half of a
+# normal tensor zero; the schedule climbs to that, the constant afterwards is the published 0.67749.
+ALPHA = 0.67749
+
+WEIGHTS = ("ternary", "binary", "float")
+
+
+def ternarize(weight: Tensor, alpha: float = ALPHA) -> Tensor:
+    """T = sign(Z) where |Z| > alpha else 0, with Z = (W - mean W) / std W (unbiased).
+
+    Parameters
+    ----------
+    weight : Tensor, any shape, floating point
+    alpha : float >= 0, in standard deviations of ``weight``
+
+    Returns
+    -------
+    Tensor of the same shape in {-1, 0, +1}, float32 (float64 for a float64 weight).
+    A constant tensor has no spread to threshold, so all of it becomes 0.
+    """
+    deviation, std, spread = _deviation(weight)
+    return (deviation.sign() * (deviation.abs() > alpha * std)).mul_(spread)
+
+
+def binarize(weight: Tensor) -> Tensor:
+    """T = +1 where W >= mean W, else -1: ternary with alpha = 0 and no zero left."""
+    deviation, _, _ = _deviation(weight)
+    return torch.where(deviation >= 0, 1.0, -1.0).to(deviation.dtype)
+
+
+def _deviation(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    std = weight.std() if weight.numel() > 1 else weight.new_zeros(())
+    # Below this the "spread" of a constant tensor is only the rounding of its mean.
+    spread = std > 4 * torch.finfo(weight.dtype).eps * weight.abs().amax()
+    return weight - weight.mean(), std, spread
+
+
+def ternary_scale(signs: Tensor) -> Tensor:
+    """sqrt(M) = sqrt(2 / (in_ch*k*k) * numel / nonzeros) of a kernel (out, in, k, k) of signs.
+
+    With no non-zero weight the scale is that of one: the layer's output is 0 all the same.
+    """
+    fan_in = math.prod(signs.shape[1:])
+    # A sum of ones, in double where 2^24 of them would not do; an FP64 scale for FP64 signs, else FP32.
+    nonzeros = signs.abs().sum(dtype=torch.float64).clamp(min=1)
+    nonzeros = nonzeros.to(torch.promote_types(signs.dtype, torch.float32))
+    return (2.0 / fan_in * signs.numel() / nonzeros).sqrt().to(signs.dtype)
+
+
+class TernaryConv2d(nn.Conv2d):
+    """A bias-free convolution that computes sqrt(M) * conv(x, T).
+
+    In training the scale is folded into the kernel (one pass over the small tensor); in eval
+    mode it multiplies the output, as the score counts it.
+
+    Attributes: ``alpha`` (float), ``weights`` ("ternary" or "binary").
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 1, *, weights: str, alpha: float
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, bias=False)
+        if weights not in WEIGHTS[:2]:
+            raise StudyError(f"weights {weights!r} is not one of {', '.join(WEIGHTS[:2])}")
+        self.weights = weights
+        self.alpha = alpha
+
+    def signs(self) -> Tensor:
+        """T, of the kernel's shape, without gradient."""
+        return binarize(self.weight) if self.weights == "binary" else ternarize(self.weight, self.alpha)
+
+    def kernel(self) -> Tensor:
+        """K = sqrt(M) * T, of the kernel's shape, in the weight's dtype; dL/dK goes to W unchanged."""
+        signs = self.signs()
+        kernel = (signs * ternary_scale(signs)).to(self.weight.dtype)
+        return kernel + (self.weight - self.weight.detach())  # plus 0, which has the gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.conv2d(x, self.kernel())
+        signs = self.signs()
+        return F.conv2d(x, signs.to(x.dtype)).mul_(ternary_scale(signs).to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weights={self.weights}, alpha={self.alpha}"
+
+
+class GivenTernaryConv2d(TernaryConv2d):
+    """A ternary convolution that was given its T: ``weight`` holds T itself and no threshold is asked."""
+
+    def __init__(self, layer: TernaryConv2d, signs: Tensor):
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size[0]
+        super().__init__(*sizes, weights=layer.weights, alpha=layer.alpha)
+        self.weight = nn.Parameter(signs, requires_grad=False)
+
+    def signs(self) -> Tensor:
+        """T, as it was given; float32."""
+        return self.weight.detach().float()
+
+
+def ternary_layers(model: nn.Module) -> dict[str, TernaryConv2d]:
+    """All ternary (or binary) convolutions of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TernaryConv2d)}
+
+
+def layer_statistics(model: nn.Module) -> list[dict]:
+    """What tells whether ternary weights are still learning, a row a layer.
+
+    Returns
+    -------
+    dicts of ``layer`` (its name), ``spread`` (standard deviation of W), ``zeros`` (share of T that is 0) and
+    ``empty_channels`` (share of output channels of which all of T is 0). W has no clipping and T does not
+    depend on its size: a spread that runs away freezes T.
+    """
+    rows = []
+    for name, layer in ternary_layers(model).items():
+        signs = layer.signs()
+        rows.append(
+            {
+                "layer": name,
+                "spread": layer.weight.detach().float().std().item(),
+                "zeros": (signs == 0).double().mean().item(),
+                "empty_channels": (signs == 0).flatten(1).all(1).double().mean().item(),
+            }
+        )
+    return rows
+
+
+def set_alpha(model: nn.Module, alpha: float) -> None:
+    """Set the threshold of every ternary layer (binary ones ignore it)."""
+    for layer in ternary_layers(model).values():
+        layer.alpha = alpha
+
+
+def freeze_ternary(model: nn.Module) -> None:
+    """Stop the gradients of all ternary weights (pruning stage, specification §6)."""
+    for layer in ternary_layers(model).values():
+        layer.weight.requires_grad_(False)

@@ -1,0 +1,120 @@
+"""How a run was made: command, versions, hardware, commit, memory and time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import StudyError
+from ..files import ROOT, atomic_write
+from .profile import load_profile
+
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill", "nbconvert", "ipykernel")
+
+
+def seed_of(values: Mapping[str, object]) -> object:
+    """The seed of the run: SEED, or what the profile says."""
+    if values.get("SEED") is None and values.get("PROFILE"):
+        with contextlib.suppress(StudyError):
+            return load_profile(str(values["PROFILE"])).seed
+    return values.get("SEED")
+
+
+def record(output: Path, began: int, values: Mapping[str, object], peak_memory: int | None) -> None:
+    """Merge this notebook's entry into provenance.json of its run folder."""
+    path = output.parent / "provenance.json"
+    try:
+        notebooks = json.loads(path.read_text())["notebooks"]
+    except (OSError, ValueError, KeyError):  # the first notebook of a run, or a file of no use
+        notebooks = {}
+    notebooks[output.stem] = {**_sitting(began), "peak_memory_mb": peak_memory and round(peak_memory / 2**20)}
+    parts = {"notebooks": dict(sorted(notebooks.items()))}
+    about = {"profile": values.get("PROFILE"), "seed": seed_of(values), "parameters": dict(values)}
+    _write(path, about, parts)
+
+
+@contextlib.contextmanager
+def recorded_stage(folder: Path, profile: str, seed: int) -> Iterator[None]:
+    """Inside this context a sitting of the stage in ``folder`` runs; provenance.json there tells of it."""
+    path = folder / "provenance.json"
+    began = time.time_ns()
+    try:
+        yield
+    finally:
+        if folder.is_dir():
+            try:
+                sittings = json.loads(path.read_text())["sittings"]
+            except (OSError, ValueError, KeyError):
+                sittings = []
+            parts = {"sittings": [*sittings, _sitting(began)]}
+            _write(path, {"profile": profile, "seed": seed}, parts)
+
+
+def _sitting(began: int) -> dict[str, object]:
+    """When it began (nanoseconds since 1970), how long it took until now, and from which commit."""
+    started = datetime.datetime.fromtimestamp(began / 1e9).astimezone().isoformat(timespec="seconds")
+    seconds = round((time.time_ns() - began) / 1e9, 2)
+    return {"started": started, "wall_seconds": seconds, "git": git_state()}
+
+
+def _write(path: Path, about: dict, parts: dict) -> None:
+    (entries,) = parts.values()
+    entries = list(entries.values()) if isinstance(entries, dict) else entries
+    provenance = {
+        "command": os.environ.get("MSUNET_COMMAND") or " ".join([Path(sys.executable).name, *sys.argv]),
+        **about,
+        "started": min(entry["started"] for entry in entries),
+        "wall_seconds": round(sum(entry["wall_seconds"] for entry in entries), 2),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": hardware(),
+        "git": git_state(),
+        **parts,
+    }
+    atomic_write(path, json.dumps(provenance, indent=1) + "\n")
+
+
+def peak_memory_of(pid: int) -> int | None:
+    """Bytes that a process ever held at once, by Linux's own account (VmHWM); None elsewhere."""
+    # Not getrusage(RUSAGE_CHILDREN): a child counts there with at least the memory of its parent.
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None
+
+
+def hardware() -> dict[str, object]:
+    """What the numbers of a run depend on: processor, usable cores, memory in GiB, GPU."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = _output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return {"cpu": cpu, "cores": cores, "memory_gib": round(memory, 1), "gpu": gpu or None}
+
+
+def git_state() -> dict[str, object] | None:
+    """Commit of this checkout and whether it was clean; None outside git."""
+    commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not commit:
+        return None
+    return {"commit": commit, "clean": _output_of("git", "-C", str(ROOT), "status", "--porcelain") == ""}
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

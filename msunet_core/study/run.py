@@ -1,0 +1,197 @@
+"""One run of the study as a notebook sees it: its profile, data, folder, figures and metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.images import ImageData
+from ..data.sources import load_data
+from ..errors import StudyError
+from ..files import ROOT, atomic_path, atomic_write, write_fault
+from ..measure.unpack import is_shipped, load_network, shipped
+from ..model.checkpoint import load_checkpoint, read_momentum
+from ..model.network import build_msunet
+from ..training.records import Progress
+from ..training.stages import CHECKPOINT
+from .profile import Profile, load_profile
+
+
+def runs_folder() -> Path:
+    """Where runs go: the environment variable MSUNET_RUNS, else ``runs/`` of the checkout."""
+    return Path(os.environ.get("MSUNET_RUNS") or ROOT / "runs").absolute()
+
+
+def new_network(profile: Profile, num_classes: int = 100, **changes) -> nn.Module:
+    """The profile's network with the fresh weights of its seed; ``changes`` go to build_msunet."""
+    network = profile.network
+    arguments = dict(weights=network.weights, width=network.width, num_classes=num_classes)
+    arguments.update(changes)
+    variant = arguments.pop("variant", network.variant)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(profile.seed)
+        return build_msunet(variant, **arguments)
+
+
+class Study:
+    """A run's profile, data and folder, opened by the parameters that each notebook has.
+
+    Parameters
+    ----------
+    profile : "smoke", "cpu", "quick", "paper" or a .yaml file
+    data : "synthetic", "cifar100", an .npz or a folder; None: the profile's
+    run : name of the folder below ``runs/``
+    device, seed, limit, variant : replace the profile's own where not None
+    overrides : "train.epochs=3 data.limit=20" and the like
+
+    Raises
+    ------
+    StudyError : any of these unknown or unusable, in one line
+    """
+
+    def __init__(
+        self, profile, data=None, run="lab", device=None, seed=None, limit=None, variant=None, overrides=""
+    ):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(run)):
+            raise StudyError(
+                f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
+            )
+        self.profile = load_profile(
+            profile, variant=variant, data=data, limit=limit, seed=seed, device=device, overrides=overrides
+        )
+        self.folder = runs_folder() / str(run)
+        self._data: ImageData | None = None
+        try:
+            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_fault(self.folder, error) from error
+
+    @property
+    def data(self) -> ImageData:
+        """The images, loaded at first use."""
+        if self._data is None:
+            source = self.profile.data
+            self._data = load_data(source.source, limit=source.limit, seed=self.profile.seed)
+        return self._data
+
+    def limited_data(self, limit: int | None) -> ImageData:
+        """At most ``limit`` images of each class and split; None: all that the profile takes."""
+        own = self.profile.data
+        if limit is None or (own.limit is not None and own.limit <= limit):
+            return self.data
+        return load_data(own.source, limit=limit, seed=self.profile.seed)
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of train and prune: seed, device and a progress line that pages can show."""
+        return {"seed": self.profile.seed, "device": self.profile.device, "progress": live_line()}
+
+    def network(self, **changes) -> nn.Module:
+        """A network with the fresh weights of the profile's seed."""
+        return new_network(self.profile, **{"num_classes": self.data.num_classes, **changes})
+
+    def checkpoint(self, stage: str) -> nn.Module:
+        """The network that a stage of this run ended with."""
+        path = self.folder / stage / CHECKPOINT
+        if not path.exists():
+            notebook = {"train": "02_ternary_training", "prune": "03_fp16_pruning"}.get(stage, stage)
+            raise StudyError(f"{path} does not exist; run notebook {notebook} with this RUN first")
+        return load_checkpoint(path, self.profile.network.variant)[0]
+
+    def momentum(self, stage: str) -> dict[str, Tensor]:
+        """The momentum that a stage of this run ended with, for the stage after it."""
+        return read_momentum(self.folder / stage / CHECKPOINT)
+
+    def trained(self) -> tuple[str, nn.Module]:
+        """The trained network that pages look at, after what it is called.
+
+        That is what this run pruned; but with the real CIFAR-100 the network that the repository ships,
+        unless this run trained one of its own at full width on all images.
+        """
+        own = (self.folder / "prune" / CHECKPOINT).exists()
+        whole = self.profile.network.width == 1.0 and self.profile.data.limit is None
+        if self.fits_shipped and not (own and (whole or not is_shipped())):
+            return "the shipped network", load_network(shipped(), self.profile.network.variant)[0]
+        return "the network of this run", self.checkpoint("prune")
+
+    @property
+    def fits_shipped(self) -> bool:
+        """Whether the data are CIFAR-100, by its classes, and the profile's variant the shipped one."""
+        if self.profile.data.source == "synthetic" or self.profile.network.variant != "v3":
+            return False
+        names = self.data.class_names
+        return len(names) == 100 and (names[0], names[-1]) == ("apple", "worm")
+
+    def save_figure(self, figure, name: str) -> None:
+        """Write a matplotlib figure to ``figures/<name>.png``."""
+        with atomic_path(self.folder / "figures" / f"{name}.png") as path:
+            figure.savefig(path, dpi=110, bbox_inches="tight")
+
+    def record(self, section: str, **numbers) -> None:
+        """Put measured numbers into ``metrics.json`` under a section, replacing what it held."""
+        path = self.folder / "metrics.json"
+        try:
+            metrics = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise StudyError(f"{path} is not JSON; remove it and run the notebooks again") from error
+        metrics[section] = numbers
+        atomic_write(path, json.dumps(dict(sorted(metrics.items())), indent=1) + "\n")
+
+    def expected(self, name: str, value: float) -> str:
+        """Whether a measured number lies in its profile's band: the part of a page that must repeat.
+
+        Accuracies of training differ by a little from machine to machine, since sums in another
+        order round otherwise. The band is that little; a value outside of it is shown.
+        """
+        band = self.profile.expect.get(name)
+        if band is None:
+            return f"{name}: {value:.4g} (this profile and data have no band for it)"
+        low, high = band
+        if math.isfinite(value) and low <= value <= high:
+            return f"{name}: within {low:g} .. {high:g}, as expected"
+        return f"{name}: {value:.4g} is OUTSIDE {low:g} .. {high:g}"
+
+
+def live_line() -> Progress | bool:
+    """In a notebook, one line updated in place with an ETA; elsewhere the terminal's progress bar."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return True
+    if get_ipython() is None:
+        return True
+    return _LiveLine(display)
+
+
+class _LiveLine:
+    """A progress callable for a notebook: at most twice a second, and always at the end."""
+
+    def __init__(self, display):
+        self.display, self.clock = display, time.perf_counter
+        self.handle = None
+        self.began = self.shown = self.clock()
+        self.first = 0
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        now = self.clock()
+        if self.handle is None:
+            self.began, self.first = now, done - 1
+        if self.handle is not None and done < total and now - self.shown < 0.5:
+            return
+        self.shown = now
+        seconds = (now - self.began) / (done - self.first) * (total - done)
+        line = {
+            "text/plain": f"{text}, step {done} of {total}, {int(seconds // 60)}:{int(seconds % 60):02d} left"
+        }
+        if self.handle is None:
+            self.handle = self.display(line, raw=True, display_id=True)
+        else:
+            self.handle.update(line, raw=True)

@@ -1,0 +1,352 @@
+"""Runs one notebook headless, keeps the lock of a run folder and writes down how the run was made.
+
+    python -m msunet_core.runner run NOTEBOOK OUTPUT [-p NAME VALUE] [--stage FOLDER] [--inputs FILE ...]
+    python -m msunet_core.runner check [-p NAME VALUE]
+    python -m msunet_core.runner lock FOLDER -- COMMAND ...
+
+`make reproduce` is the usual caller: Make knows what is out of date, this module knows how to make it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import nbformat
+import papermill
+from jupyter_client import AsyncKernelManager
+
+from ..errors import StudyError, closest
+from ..files import ROOT, atomic_write, lock_folder, write_fault
+from .profile import load_profile
+from .provenance import peak_memory_of, record
+from .ship import ship
+
+WHOLE_NUMBERS = ("SEED", "LIMIT")
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and the kernel had the time to write its checkpoint."""
+
+
+# -- one notebook ------------------------------------------------------------------------------
+
+
+def run_notebook(
+    notebook: Path,
+    output: Path,
+    parameters: Mapping[str, str],
+    *,
+    stage: Path | None = None,
+    inputs: Sequence[Path] = (),
+) -> None:
+    """Execute `notebook` with `parameters` into `output`, which appears whole or not at all.
+
+    stage : folder of the training state that the notebook resumes from. It is kept only where an
+        earlier run of this very work was cut off: `output` is missing and `inputs` are the same.
+    inputs : what the stage depends on (code, profile, earlier notebooks), compared by content.
+
+    The modification time of `output` is the time the run began, so that Make sees an edit made
+    while it ran. provenance.json beside `output` gets this notebook's entry.
+
+    Raises StudyError naming the cell that failed; Interrupted after SIGINT or SIGTERM.
+    """
+    values = notebook_values(notebook, parameters)
+    partial = output.with_name(f".{output.stem}.partial.ipynb")
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    began = time.time_ns()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if stage:
+            _prepare_stage(stage, _digest(inputs), resume=not output.exists())
+        output.unlink(missing_ok=True)
+        failed.unlink(missing_ok=True)
+        try:
+            peak_memory = _execute(notebook, partial, values)
+        except StudyError as error:
+            partial.replace(failed)
+            raise StudyError(f"{error} (see {failed})") from error
+        record(output, began, {**_defaults(notebook), **values}, peak_memory)
+        os.utime(partial, ns=(began, began))
+        partial.replace(output)
+    except OSError as error:
+        raise write_fault(error.filename or output, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def refresh_notebook(notebook: Path) -> None:
+    """Execute `notebook` in place with its own default parameters, for committing.
+
+    Leaves out what differs from one machine or hour to the next without being a result: times,
+    paths, the version of Python.
+    """
+    partial = notebook.with_name(f".{notebook.stem}.partial.ipynb")
+    try:
+        _execute(notebook, partial, {})
+        atomic_write(notebook, nbformat.writes(_without_machine(nbformat.read(partial, 4))) + "\n")
+    except OSError as error:
+        raise write_fault(notebook, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def notebook_values(notebook: Path, parameters: Mapping[str, str]) -> dict[str, str | int]:
+    """The typed `parameters`, each of which must be named in the notebook's parameters cell."""
+    if not notebook.is_file():
+        raise StudyError(f"notebook {notebook} does not exist; give one of notebooks/*.ipynb")
+    known = _defaults(notebook)
+    for name in parameters:
+        if name not in known:
+            raise StudyError(f"{notebook.stem} has no parameter {name!r}; {closest(name, known)}")
+    return typed(parameters)
+
+
+def _defaults(notebook: Path) -> dict[str, object]:
+    """Name and default of each assignment in the cell tagged `parameters`."""
+    try:
+        cells = nbformat.read(notebook, 4).cells
+        (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+        statements = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in statements}
+    except (ValueError, SyntaxError, AttributeError) as error:
+        raise StudyError(
+            f"{notebook} has not one cell tagged 'parameters' of lines such as SEED = 0; correct it ({error})"
+        ) from error
+
+
+def typed(parameters: Mapping[str, str]) -> dict[str, str | int]:
+    """Command line texts as notebook parameters: whole numbers as int, paths made absolute."""
+    values: dict[str, str | int] = dict(parameters)
+    for name in WHOLE_NUMBERS:
+        if name in values:
+            try:
+                values[name] = int(values[name])
+            except ValueError:
+                raise StudyError(f"{name}={values[name]!r} is not a whole number; give digits") from None
+    data = str(values.get("DATA", ""))
+    if os.sep in data or data.endswith(".npz"):
+        values["DATA"] = os.path.abspath(os.path.expanduser(data))
+    return values
+
+
+def check_parameters(parameters: Mapping[str, str]) -> None:
+    """Refuse a misspelt profile, variant or override before anything of an earlier run is touched."""
+    values = typed(parameters)
+    load_profile(
+        values.get("PROFILE", "smoke"),
+        variant=values.get("VARIANT"),
+        overrides=str(values.get("OVERRIDES", "")).split(),
+    )
+
+
+def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> int | None:
+    """Run all cells by papermill; StudyError names the cell that failed.
+
+    Returns the most memory in bytes that the kernel ever held (where the system tells).
+    """
+    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # no debugger, so no advice about it
+    name = notebook.stem
+    peaks: list[int] = []
+
+    with _forwarded_signals() as (kernel_manager, received):
+
+        def stop_if_asked(**_) -> None:
+            if received:
+                raise Interrupted(f"{name}: interrupted")
+
+        def note_memory(**_) -> None:
+            peaks.extend(filter(None, map(peak_memory_of, kernel_manager.pids())))
+
+        try:
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(output),
+                parameters=dict(values),
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=kernel_manager,
+                on_cell_start=stop_if_asked,
+                on_cell_executed=note_memory,
+                progress_bar={"desc": name},
+                stderr_file=sys.stderr,  # the epochs' progress bars
+                coalesce_streams=True,  # of each bar, the last state
+                cwd=str(ROOT),
+            )
+            stop_if_asked()
+        except papermill.PapermillExecutionError as error:
+            stop_if_asked()
+            reason = (error.evalue.strip() or "no message").splitlines()[0]
+            raise StudyError(f"{name}: cell {error.exec_count} failed: {error.ename}: {reason}") from error
+        except RuntimeError as error:  # nbclient's word for a kernel that is gone
+            stop_if_asked()
+            raise StudyError(
+                f"{name}: cell {_running_cell(output)} failed: the kernel died; was the memory enough?"
+            ) from error
+    return max(peaks, default=None)
+
+
+@contextlib.contextmanager
+def _forwarded_signals() -> Iterator[tuple[type[AsyncKernelManager], list[int]]]:
+    """While it lasts, SIGINT and SIGTERM reach the kernel as Ctrl-C and do not end this process.
+
+    Yields the kernel manager to use and the list of the signals that came. The kernel is a session
+    of its own, so the terminal's Ctrl-C does not reach it otherwise. A second signal kills it.
+    """
+    started: list[AsyncKernelManager] = []
+    received: list[int] = []
+
+    class OwnKernel(AsyncKernelManager):
+        """The kernel of this very Python, whatever kernel specs the user's home holds."""
+
+        def format_kernel_cmd(self, extra_arguments=None):
+            started.append(self)
+            launcher = [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file]
+            return [*launcher, "--IPKernelApp.log_level=ERROR", *(extra_arguments or [])]
+
+        @staticmethod
+        def pids() -> list[int]:
+            return [
+                kernel.provisioner.pid for kernel in started if kernel.provisioner and kernel.provisioner.pid
+            ]
+
+    def forward(number: int, frame) -> None:
+        received.append(number)
+        for pid in OwnKernel.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGINT if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield OwnKernel, received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _running_cell(notebook: Path) -> int:
+    """The number, counted as Jupyter counts, of the cell that was running when all ended."""
+    cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    return sum(cell.metadata.papermill["start_time"] is not None for cell in cells)
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would fill in {names} in it."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+# -- what a stage resumes from -----------------------------------------------------------------
+
+
+def _prepare_stage(stage: Path, digest: str, *, resume: bool) -> None:
+    mark = stage / ".inputs"
+    if not (resume and mark.is_file() and mark.read_text() == digest):
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        atomic_write(mark, digest)
+
+
+def _digest(inputs: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in inputs:
+        digest.update(f"{path}\0".encode())
+        # A folder of images stands for itself by its time; reading them all would take minutes.
+        digest.update(path.read_bytes() if path.is_file() else str(path.stat().st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    # Still absolute paths, so that nbval takes them for what another machine prints there.
+    here = {sys.prefix: "/home/you/python", str(ROOT): "/home/you/msunet"}
+    if runs := os.environ.get("MSUNET_RUNS"):
+        here = {runs: "/home/you/msunet/runs", **here}
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):  # papermill's own empty list
+            del cell.metadata["tags"]
+        for output in cell.get("outputs", ()):
+            texts = output.get("data", output)
+            for kind, text in texts.items():
+                if isinstance(text, str) and not kind.startswith("image/"):
+                    for path, name in here.items():
+                        text = text.replace(path, name)
+                    texts[kind] = text
+    return notebook
+
+
+# -- command line ------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 refused or failed (one line on stderr), 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m msunet_core.runner", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="action", required=True)
+    given = argparse.ArgumentParser(add_help=False)
+    given.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
+    run = commands.add_parser("run", parents=[given], help="execute one notebook")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("output", type=Path)
+    run.add_argument("--stage", type=Path, help="folder of the state that the notebook resumes from")
+    run.add_argument("--inputs", type=Path, nargs="*", default=(), help="what the stage depends on")
+    commands.add_parser("check", parents=[given], help="refuse parameters that no profile has")
+    refresh = commands.add_parser("refresh", help="execute notebooks in place, for committing")
+    refresh.add_argument("notebooks", type=Path, nargs="+")
+    shipping = commands.add_parser("ship", help="copy histories, curves and provenance of a run")
+    shipping.add_argument("run", type=Path)
+    shipping.add_argument("folder", type=Path)
+    lock = commands.add_parser("lock", help="run a command that nobody else may run on this folder")
+    lock.add_argument("folder", type=Path)
+    lock.add_argument("command", nargs="+")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.action == "run":
+            run_notebook(
+                asked.notebook, asked.output, dict(asked.parameters), stage=asked.stage, inputs=asked.inputs
+            )
+        elif asked.action == "check":
+            check_parameters(dict(asked.parameters))
+        elif asked.action == "refresh":
+            for notebook in asked.notebooks:
+                refresh_notebook(notebook)
+        elif asked.action == "ship":
+            ship(asked.run, asked.folder)
+        else:
+            with lock_folder(asked.folder, os.environ.get("MSUNET_COMMAND")) as descriptor:
+                # The command takes this process over and its children inherit the descriptor, so
+                # the lock lasts until the last of them has ended, even if one is killed.
+                os.set_inheritable(descriptor, True)
+                os.execvp(asked.command[0], asked.command)
+    except Interrupted as error:
+        print(f"{error}; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except (StudyError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""What of a finished run is committed beside its network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..errors import StudyError
+from ..files import atomic_path, atomic_write
+
+# -- what is committed -------------------------------------------------------------------------
+
+# What of a run is shipped beside its network: how it went, and how it was made.
+EVIDENCE = {
+    "train/history.csv": "train_history.csv",
+    "prune/history.csv": "prune_history.csv",
+    "figures/02_curves.png": "train_curves.png",
+    "figures/03_curves.png": "prune_curves.png",
+    "figures/03_schedule.png": "prune_schedule.png",
+}
+
+
+def ship(run: Path, folder: Path) -> None:
+    """Copy histories, curves and provenance of a finished run into ``folder``, no path of this machine."""
+    missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
+    if missing:
+        raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
+    provenance = json.loads((run / "provenance.json").read_text())
+    data = provenance["parameters"].get("DATA")
+    if data:
+        provenance["parameters"]["DATA"] = Path(data).name
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, name in EVIDENCE.items():
+        with atomic_path(folder / name) as partial:
+            shutil.copyfile(run / source, partial)
+    atomic_write(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
