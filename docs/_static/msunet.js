@@ -1,7 +1,7 @@
 // MSUNet in the page: reads a packed network and computes its class scores, one picture at a time.
 //
 // A plain script, no module: browsers refuse modules to a page opened from the file system. It leaves one
-// name, MSUNet, and touches neither the page nor the network. The file format is told in packed.py, the
+// name, MSUNet, and touches neither the page nor the network. The file format is told in packed_format.py, the
 // network in network.py and in the specification (§2). It computes in FP32, as O0 does.
 "use strict";
 

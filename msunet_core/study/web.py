@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import StudyError
-from .packed import unpack
+from ..errors import StudyError
+from ..measure.unpack import unpack
 
 # CIFAR-100's fine labels 0 .. 99 as the data set orders them, by the alphabet.
 _NAMES = """
