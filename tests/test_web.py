@@ -49,6 +49,10 @@ def site(tmp_path_factory) -> Path:
         head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>page</title>'
         head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
         (folder / f"{page}.html").write_text(head + "".join(blocks))
+    scripts = "".join(
+        f'<script src="_static/{name}.js"></script>' for name in ("msunet_v3", "msunet", "score")
+    )
+    (folder / "scripts.html").write_text(f"<!doctype html><title>no page</title>{scripts}")
     return folder
 
 
@@ -57,6 +61,15 @@ def page(tmp_path_factory):
     window = chromium.Browser(tmp_path_factory.mktemp("chromium"))
     yield window
     window.close()
+
+
+@pytest.fixture
+def scripts(page, site):
+    """The scripts alone, loaded once for all tests in a row that only call them."""
+    address = (site / "scripts.html").as_uri()
+    if page.evaluate("location.href") != address:
+        page.open(address)
+    return page
 
 
 @pytest.fixture
@@ -118,12 +131,12 @@ def assert_same_answer(shown: list[tuple[str, float]], expected: list[tuple[str,
 
 @needs_browser
 @pytest.mark.slow
-def test_class_scores_in_the_page_are_pythons_at_o0_on_100_images(try_it):
+def test_class_scores_in_the_page_are_pythons_at_o0_on_100_images(scripts):
     images = torch.cat([load_data("synthetic", limit=1).test_images[:50], smooth_images(50)])
     model, _ = load_network(shipped())
     expected = class_scores(model, images, "O0").numpy()
     assert expected.shape == (100, 100) and expected.std() > 1
-    np.testing.assert_allclose(scores_in_page(try_it, images), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(scores_in_page(scripts, images), expected, rtol=0, atol=TOLERANCE)
 
 
 @needs_browser
@@ -136,7 +149,7 @@ def test_class_scores_in_the_page_are_pythons_at_o0_on_100_images(try_it):
         ({"variant": "v2", "weights": "float"}, "V2", False),
     ],
 )
-def test_every_kind_of_packed_layer_is_read(try_it, new_network, tmp_path, arguments, pruner, merge):
+def test_every_kind_of_packed_layer_is_read(scripts, new_network, tmp_path, arguments, pruner, merge):
     model = new_network(**arguments)
     with torch.no_grad():  # batch norms that do something
         for module in model.modules():
@@ -151,11 +164,11 @@ def test_every_kind_of_packed_layer_is_read(try_it, new_network, tmp_path, argum
     images = smooth_images(4)
     expected = class_scores(packed, images, "O0").numpy()
     assert np.abs(expected[0] - expected[1]).max() > 100 * TOLERANCE  # the images are told apart
-    np.testing.assert_allclose(scores_in_page(try_it, images, path), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(scores_in_page(scripts, images, path), expected, rtol=0, atol=TOLERANCE)
 
 
 @needs_browser
-def test_what_the_layers_show_is_what_pythons_layers_put_out(try_it):
+def test_what_the_layers_show_is_what_pythons_layers_put_out(scripts):
     names = ["conv_stem", "act1", "blocks.2.0.conv_dw", "blocks.2.0.se", "blocks.3.0.bn3", "global_pool"]
     model, _ = load_network(shipped())
     expected = {}
@@ -165,7 +178,7 @@ def test_what_the_layers_show_is_what_pythons_layers_put_out(try_it):
     image = smooth_images(1)
     class_scores(model, image)
     pixels = base64.b64encode(image.numpy().tobytes()).decode()
-    found = try_it.evaluate(f"""(() => {{
+    found = scripts.evaluate(f"""(() => {{
         const network = MSUNet.decode(MSUNet.fromBase64(MSUNET_FILE.packed));
         const found = {{}};
         const input = MSUNet.normalise(MSUNet.fromBase64("{pixels}"), network.info);
@@ -189,14 +202,27 @@ def test_what_the_layers_show_is_what_pythons_layers_put_out(try_it):
         (lambda content: content.replace(b'\\"width\\":1.0', b'\\"width\\":0.5'), "longer than"),
     ],
 )
-def test_bytes_that_are_no_network_are_refused_in_one_line(try_it, change, said, tmp_path):
+def test_bytes_that_are_no_network_are_refused_in_one_line(scripts, change, said, tmp_path):
     (tmp_path / "odd").write_bytes(change(shipped().read_bytes()))
     file = json.dumps(base64.b64encode((tmp_path / "odd").read_bytes()).decode())
-    message = try_it.evaluate(
+    message = scripts.evaluate(
         f"(() => {{ try {{ MSUNet.decode(MSUNet.fromBase64({file})); }} catch (e) {{ return e.message; }}"
         "return null; })()"
     )
     assert said in message and "\n" not in message
+
+
+@needs_browser
+def test_shrinking_by_a_part_of_a_pixel_keeps_the_mean(scripts):
+    # 50 / 32 pixels each: output pixel 0 covers pixel 0 whole and 18/32 of pixel 1. A ramp stays a ramp.
+    found = scripts.evaluate("""(() => {
+        const rgba = new Uint8ClampedArray(50 * 50 * 4).map((_, i) => 5 * (Math.floor(i / 4) % 50));
+        return [...MSUNet.shrink(rgba, 50)].filter((_, i) => i % 3 === 0).slice(0, 32);
+    })()""")
+    assert found[0] == round((0 * 1 + 5 * 18 / 32) / (50 / 32))
+    edges = (np.arange(32) + 0.5) * 50 / 32 - 0.5  # middle of each output pixel, in pixels of the picture
+    # Where a part of a pixel is covered the mean is off that of a line by at most an eighth of a step.
+    np.testing.assert_allclose(found, 5 * edges, atol=5 / 8 + 0.5)
 
 
 def test_names_are_asked_for_every_class(new_network, tmp_path):
@@ -258,19 +284,6 @@ def test_a_file_that_is_no_picture_is_said(try_it, tmp_path):
     try_it.choose("#tryit-file", tmp_path / "text.png")
     try_it.wait_for("document.getElementById('tryit-status').textContent.includes('is no picture')")
     assert answer(try_it) == before and not try_it.complaints
-
-
-@needs_browser
-def test_shrinking_by_a_part_of_a_pixel_keeps_the_mean(try_it):
-    # 50 / 32 pixels each: output pixel 0 covers pixel 0 whole and 18/32 of pixel 1. A ramp stays a ramp.
-    found = try_it.evaluate("""(() => {
-        const rgba = new Uint8ClampedArray(50 * 50 * 4).map((_, i) => 5 * (Math.floor(i / 4) % 50));
-        return [...MSUNet.shrink(rgba, 50)].filter((_, i) => i % 3 === 0).slice(0, 32);
-    })()""")
-    assert found[0] == round((0 * 1 + 5 * 18 / 32) / (50 / 32))
-    edges = (np.arange(32) + 0.5) * 50 / 32 - 0.5  # middle of each output pixel, in pixels of the picture
-    # Where a part of a pixel is covered the mean is off that of a line by at most an eighth of a step.
-    np.testing.assert_allclose(found, 5 * edges, atol=5 / 8 + 0.5)
 
 
 @needs_browser
@@ -341,9 +354,9 @@ def scored(variant: str, level: str, pruner: str, shares: dict, weights: str = "
         ("v1", "O0", "V2", {"se": 0.9, "dw": 0.5}, "float", 1.3),
     ],
 )
-def test_the_page_counts_every_layer_as_score_does(explorer, case):
+def test_the_page_counts_every_layer_as_score_does(scripts, case):
     result, setting = scored(*case)
-    counted = counted_in_page(explorer, setting)
+    counted = counted_in_page(scripts, setting)
     rows = {row["name"]: row for row in counted["layers"]}
     assert set(rows) == set(result.layers["name"]) and len(rows) == len(counted["layers"])
     for layer in result.layers.itertuples():
@@ -357,23 +370,23 @@ def test_the_page_counts_every_layer_as_score_does(explorer, case):
 
 
 @needs_browser
-def test_the_page_knows_the_published_results(explorer):
+def test_the_page_knows_the_published_results(scripts):
     table = published_table().set_index("variant")
-    known = explorer.evaluate("MSUNetScore.PUBLISHED")
+    known = scripts.evaluate("MSUNetScore.PUBLISHED")
     assert known == table[["params", "flops", "score"]].to_dict("index")
     for variant, row in known.items():
-        counted = explorer.evaluate(f"MSUNetScore.count(MSUNetScore.published('{variant}'))")
+        counted = scripts.evaluate(f"MSUNetScore.count(MSUNetScore.published('{variant}'))")
         assert counted["flops"] == pytest.approx(row["flops"])
         # One share of zeros for all layers: the published parameters are met to 1 %.
         assert counted["params"] == pytest.approx(row["params"], rel=0.01)
 
 
 @needs_browser
-def test_the_challenges_counter_asks_for_what_the_published_one_leaves_out(explorer):
+def test_the_challenges_counter_asks_for_what_the_published_one_leaves_out(scripts):
     _, setting = scored("v3", "O3", "V2", {"se": 0.9, "dw": 0.5})
     ours, official = (
-        counted_in_page(explorer, setting),
-        counted_in_page(explorer, setting | {"official": True}),
+        counted_in_page(scripts, setting),
+        counted_in_page(scripts, setting | {"official": True}),
     )
     # Sums of squeeze-excitation (H*W-1 for each of 320, 768, 640, 1024 channels) and of the last pool in full
     # where half was counted, and an addition for the bias of each of 100 classes.
@@ -381,7 +394,7 @@ def test_the_challenges_counter_asks_for_what_the_published_one_leaves_out(explo
     assert official["adds"] - ours["adds"] == pytest.approx(sums / 2 + 100)
     assert official["params"] - ours["params"] == pytest.approx(100 / 2)
     pruned = counted_in_page(
-        explorer, setting | {"official": True, "zeros": setting["zeros"] | {"classifier": 0.9}}
+        scripts, setting | {"official": True, "zeros": setting["zeros"] | {"classifier": 0.9}}
     )
     # 25,600 weights of 16 bits become 25,600 bits and 2,560 weights.
     assert official["params"] - pruned["params"] == pytest.approx(12_800 - 800 - 1_280)
