@@ -174,6 +174,13 @@ globalThis.MSUNetScore = (() => {
     "average pool": "products a·out; additions a·(H·W−1)·out",
   };
 
+  // Where the challenge's own counter is known to differ.
+  const OFFICIAL_RULES = {
+    linear: "storage w·(N + out), with zeros N/32 + w·(N(1−s) + out); products m·N(1−s); additions c·N(1−s)",
+    "SE pool and gate": "products 2a·out; additions c·(H·W−1)·C",
+    "average pool": "products a·out; additions c·(H·W−1)·out",
+  };
+
   let setting;
   const million = (amount, digits = 2) => (amount === 0 ? "0" : `${(amount / 1e6).toFixed(digits)} M`);
   const percent = (part) => `${(100 * part).toFixed(0)} %`;
@@ -203,7 +210,7 @@ globalThis.MSUNetScore = (() => {
     const pruned = (share) =>
       share >= SPARSE_FROM || (official && share > 0)
         ? "Sparse: one bit of mask for each weight, then only those that are not 0 count."
-        : `Dense: below ${SPARSE_FROM} the zeros save nothing.`;
+        : `Dense: ${official ? "without zeros there is no mask" : `below ${SPARSE_FROM} the zeros save nothing`}.`;
     const zerosOf1x1 = {
       ternary: "Each zero saves the bit of its sign, a product by ±1 (which counts 1/32) and one addition.",
       binary: "Binary weights have no zeros: this moves nothing.",
@@ -313,7 +320,7 @@ globalThis.MSUNetScore = (() => {
       const made = document.createElement("tr");
       const cell = made.appendChild(document.createElement("td"));
       cell.colSpan = 5;
-      cell.textContent = RULES[kind];
+      cell.textContent = (setting.official && OFFICIAL_RULES[kind]) || RULES[kind];
       return made;
     };
     find("kinds").replaceChildren(
