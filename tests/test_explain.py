@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from msunet_core.errors import StudyError
-from msunet_core.measure.explain import official_differences, savings_by_order, worked
+from msunet_core.measure.explain import (
+    official_differences,
+    savings_by_order,
+    ternary_zeros_by_block,
+    worked,
+)
 from msunet_core.measure.scoring import score
 from msunet_core.model.network import SqueezeExcite, build_msunet
 from msunet_core.model.pruning import prune_to_target
@@ -93,3 +98,17 @@ def test_a_bitmask_is_taken_for_a_dense_convolution_only_where_it_pays(zeros, ch
     with torch.no_grad():
         model[0].weight.view(-1)[:zeros] = 0.0
     assert official_differences(model, "O0").iloc[2][["params", "flops"]].tolist() == change
+
+
+def test_zeros_of_a_block_are_weighted_by_its_products():
+    """An addition is left for each product with a non-zero weight, less one for each output."""
+    counted = score(build_msunet(width=0.125))
+    table = ternary_zeros_by_block(counted)
+    assert [*table.index] == [f"blocks.{b}" for b in ("0.0", "1.0", "2.0", "2.1", "3.0", "3.1")] + [
+        "conv_head"
+    ]
+    layers = counted.layers.set_index("name")
+    parts = layers.loc[[f"blocks.3.1.{part}" for part in ("conv_pw", "conv_pwl.0", "conv_pwl.1")]]
+    products, zeros = table.loc["blocks.3.1"]
+    assert products == 64 * (32 * 128 + 2 * 64 * 16)  # positions, expand, project in two parts
+    assert products * (1 - zeros) == pytest.approx((parts["adds"] + parts["outputs"]).sum())

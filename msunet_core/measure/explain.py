@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import StudyError
 from ..model.precision import apply_opt_level
-from .scoring import FULL_BITS, REFERENCE_FLOPS, REFERENCE_PARAMS, score
+from .scoring import FULL_BITS, REFERENCE_FLOPS, REFERENCE_PARAMS, Score, score
 
 # Specification §9 in terms of whole numbers: N weights, n of them not 0, P positions of an output
 # channel, out = channels * P outputs. Each of the n is used once a position, so K(1 - s) * out is n * P.
@@ -104,10 +104,10 @@ def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFram
     layers = score(subject, opt_level).layers.set_index("name")
     modules = dict(subject.named_modules())
     rows = {
-        "the linear layer's bias is stored and added": [],
-        "the linear layer's zeros are counted as such": [],
-        "a convolution below 40 % zeros gets a bitmask where that pays": [],
-        "the sums of squeeze-excitation and of the pool take 32 bits": [],
+        "the bias of the linear layer": [],
+        "the zeros of the linear layer": [],
+        "bitmasks below 40 % zeros, where they pay": [],
+        "sums of SE and of the pool in 32 bits": [],
     }
     bias, linear, dense, sums = rows.values()
     for name, row in layers.iterrows():
@@ -141,3 +141,19 @@ def _as_sparse(layer: nn.Module, row: pd.Series) -> tuple[float, float]:
         return 0.0, 0.0
     gone = zeros * row["outputs"] / row["shape"][0]  # products, and as many additions
     return size / FULL_BITS - zeros / row["d"], -gone / row["d"] - min(gone, row["adds"])
+
+
+def ternary_zeros_by_block(result: Score) -> pd.DataFrame:
+    """Products and zeros of the ternary layers of each block and of the head.
+
+    Returns
+    -------
+    DataFrame by block: ``products`` (fan_in * outputs, as if nothing were 0) and ``zeros``, the share of
+    them that fall away
+    """
+    table = result.layers[result.layers["kind"] == "ternary conv"]
+    block = table["name"].str.extract(r"^(blocks\.\d+\.\d+|[^.]+)")[0].rename("block")
+    products = table["fan_in"] * table["outputs"]
+    sums = pd.DataFrame({"products": products, "zeros": products * table["sparsity"]})
+    sums = sums.groupby(block, sort=False).sum()
+    return sums.assign(zeros=sums["zeros"] / sums["products"])

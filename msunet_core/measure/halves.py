@@ -25,8 +25,8 @@ def dtypes_by_level(model: nn.Module) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, a row a level: ``convolution weights``, ``batch norm`` (and statistics), ``image in``,
-    ``out of a convolution``, ``out of a batch norm``, ``class scores``, each "FP32" or "FP16"; ``bytes`` of all
+    DataFrame, a row a level: ``convolution weights``, ``batch norm``, ``image in``,
+    ``out of a convolution``, ``out of a batch norm``, ``class scores``, "FP32" or "FP16"; ``bytes`` of all
     tensors
     """
     rows = {}
