@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from msunet_core.measure.halves import OUTPUTS, crossings, dtypes_by_level, layer_errors
+from msunet_core.measure.halves import OUTPUTS, crossings, dtypes_by_level, layer_errors, rounded
 from msunet_core.model.precision import apply_opt_level
 from msunet_core.model.ternary import ternary_layers
 
@@ -68,3 +68,12 @@ def test_networks_at_different_levels_are_compared_and_left_as_they_are(new_netw
     errors = layer_errors(network, half, images.test_images)
     assert 2.0**-14 < errors["conv_stem"] < 2.0**-9  # some units in the last of 11 bits
     assert half.opt_level == "O3" and not network.conv_stem._forward_hooks
+
+
+def test_a_rounded_copy_holds_what_fp16_holds_and_computes_in_fp32(new_network):
+    network = new_network()
+    copied = rounded(network)
+    weight, theirs = network.conv_stem.weight, copied.conv_stem.weight
+    assert theirs.dtype == torch.float32 and not torch.equal(theirs, weight)
+    assert torch.equal(theirs, weight.half().float()) and copied.bn1.num_batches_tracked == 0
+    assert len(crossings(copied)) == 0

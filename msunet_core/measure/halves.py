@@ -76,6 +76,16 @@ def crossings(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+@torch.no_grad()
+def rounded(model: nn.Module) -> nn.Module:
+    """A copy that computes in FP32 with weights and statistics rounded to FP16."""
+    copied = copy.deepcopy(model)
+    for tensor in copied.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half())
+    return copied
+
+
 def _standardized(weight: Tensor) -> Tensor:
     return (weight - weight.mean()) / weight.std()
 
