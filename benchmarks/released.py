@@ -88,7 +88,7 @@ class Residual(nn.Module):
 
 def inverted_residual(channels: int, block) -> Residual:
     wide = channels * block.expand
-    act = nn.ReLU if block.act is nn.ReLU else Swish
+    act = nn.ReLU if block.act == "ReLU" else Swish
     reduced = int(channels * block.se_ratio)
     return Residual(
         block.stride == 1 and channels == block.out_channels,
