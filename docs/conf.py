@@ -1,8 +1,10 @@
-"""How Sphinx renders the site of a run. msunet_core.study.report stages the pages and calls it; it runs nothing.
+"""How Sphinx renders the site of a run; msunet_core.study.report stages the pages and calls it.
 
 Everything a page needs lies beside it: no font, script or style comes from another host, formulas are MathML
 made now, and the search index is a script, so that all of it works from the file system.
 """
+
+import re
 
 from docutils.nodes import SkipNode
 from docutils.utils.math import MathError
@@ -11,7 +13,6 @@ from sphinx.util import logging
 
 project = "MSUNet-v3, reproduced"
 author = "the authors of this study"
-copyright = "Apache License 2.0"
 language = "en"
 
 extensions = ["myst_nb"]
@@ -32,14 +33,17 @@ html_static_path = ["_static"]
 html_css_files = ["study.css"]
 html_show_sourcelink = html_copy_source = False
 html_show_search_summary = False  # it fetches pages, which a browser refuses on the file system
-html_last_updated_fmt = None
+html_show_copyright = html_use_index = False
+html_domain_indices = False
 html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "default", "monokai"
 
 
 def _mathml(self, node, as_block: bool) -> str:
+    # docutils knows \\bigl( and not the plain \\big(.
+    formula = re.sub(r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l", node.astext())
     try:
-        return tex2mathml(node.astext(), as_block=as_block)
+        return tex2mathml(formula, as_block=as_block)
     except MathError as error:
         logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
         return f"<code>{self.encode(node.astext())}</code>"

@@ -311,9 +311,7 @@ def _effects(table: pd.DataFrame | None) -> Iterator[Claim]:
     for effect in _EFFECTS:
         row, sign = _row(table, effect)
         if row is None:
-            why = (
-                "No repeated, paired ablation of it is among the evidence; single short runs do not answer it."
-            )
+            why = "No repeated, paired ablation of it is among the evidence; single short runs do not answer it."
             yield Claim(effect.published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations")
             continue
         mean, ends = sign * row["mean"], sorted((sign * row["low"], sign * row["high"]))
