@@ -135,9 +135,9 @@ def claims(runs: Path = ROOT / "runs", shipped: Shipped | None = None) -> list[C
         _params(fresh),
         _flops(fresh, shipped),
         _score(shipped),
-        *_effects(_ablations(runs / "ablations")),
+        *ablation_claims(runs / "ablations"),
         _schedule(shipped),
-        _record(runs / "record" / "history.csv"),
+        record_claim(runs / "record" / "history.csv"),
         *_unit(),
     ]
 
@@ -185,7 +185,7 @@ def _params(fresh: list[Score]) -> Claim:
         f"{len(counts)} seeds",
         f"{mean:.5f} M ({min(counts):.5f} to {max(counts):.5f})",
         REPRODUCED if close else NOT_REPRODUCED,
-        f"{100 * (mean / published - 1):+.2f} % of the published count; how many ternary weights are zero moves it.",
+        f"{100 * (mean / published - 1):+.2f} % beside the published count; ternary zeros move it.",
         "05_scoring_walkthrough",
     )
 
@@ -201,8 +201,8 @@ def _flops(fresh: list[Score], shipped: Shipped | None) -> Claim:
     verdict = NOT_TESTABLE
     reason = (
         f"It depends on where training left zeros: the count is met at "
-        f"{100 * ternary_sparsity_at(fresh[0], published):.1f} % zeros in ternary layers, weighted by their operations. "
-        "The published checkpoint is not here."
+        f"{100 * ternary_sparsity_at(fresh[0], published):.1f} % zeros in ternary layers, weighted by their "
+        "operations. The published checkpoint is not here."
     )
     if shipped:
         result += f"; {shipped.score.flops / 1e6:.2f} M of the shipped network"
@@ -307,11 +307,13 @@ _EFFECTS = (
 )
 
 
-def _effects(table: pd.DataFrame | None) -> Iterator[Claim]:
+def ablation_claims(folder: Path) -> Iterator[Claim]:
+    """What the tables in ``folder`` say to the statements on techniques; each needs choice, value, n and an interval."""
+    table = _ablations(folder)
     for effect in _EFFECTS:
         row, sign = _row(table, effect)
         if row is None:
-            why = "No repeated, paired ablation of it is among the evidence; single short runs do not answer it."
+            why = "No paired ablation with several seeds is among the evidence; single runs do not answer it."
             yield Claim(effect.published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations")
             continue
         mean, ends = sign * row["mean"], sorted((sign * row["low"], sign * row["high"]))
@@ -331,7 +333,7 @@ def _effects(table: pd.DataFrame | None) -> Iterator[Claim]:
 
 
 def _row(table: pd.DataFrame | None, effect: _Effect) -> tuple[pd.Series | None, int]:
-    """The row that changes to either value from a baseline that has the other, and the sign it counts with."""
+    """The row that changes to either value from a baseline that has the other, and its sign."""
     if table is not None:
         mine = table[table["choice"].astype(str).str.lower().str.startswith(effect.choice)]
         for value, sign in ((effect.worse, -1), (effect.better, 1)):
@@ -365,7 +367,8 @@ def _schedule(shipped: Shipped | None) -> Claim:
     )
 
 
-def _record(path: Path) -> Claim:
+def record_claim(path: Path) -> Claim:
+    """The training loss of the paper recipe's first epochs beside the published run record."""
     published = f"training loss {RECORD_LOSS[0]}, {RECORD_LOSS[1]}, ... in the first epochs"
     if not path.is_file():
         why = "The first epochs of the paper recipe are not among the evidence yet."

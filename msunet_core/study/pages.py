@@ -1,4 +1,4 @@
-"""What the pages of a site say: each function returns MyST Markdown, made of a run folder or of committed files.
+"""What the pages of a site say: functions that make MyST Markdown of a run folder or of committed files.
 
 Names that come from a run (classes, folders, commands) may hold anything: they pass :func:`text` or
 html.escape before they reach a page.
@@ -56,9 +56,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int = 
 
     body = "\n".join(line(row, "td") for row in rows)
     top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
-    return raw(
-        f'<div class="scroll" tabindex="0"><table class="docutils {kind}">{top}<tbody>\n{body}\n</tbody></table></div>'
-    )
+    inside = f'<table class="docutils {kind}">{top}<tbody>\n{body}\n</tbody></table>'
+    return raw(f'<div class="scroll" tabindex="0">{inside}</div>')
 
 
 class Html(str):
@@ -155,7 +154,8 @@ def run_statement(profile: Profile | None, run: str) -> str:
     if profile is None:
         return (
             ":::{admonition} How this run was made is not recorded\n:class: caution toy\n"
-            f"Run {text(run)} has no provenance, or its profile is gone: take its numbers for an illustration.\n:::\n"
+            f"Run {text(run)} has no provenance, or its profile is gone: "
+            "take its numbers for an illustration.\n:::\n"
         )
     words, train = [], profile.train.epochs + profile.prune.epochs
     if profile.data.source == "synthetic":
@@ -167,11 +167,13 @@ def run_statement(profile: Profile | None, run: str) -> str:
     if not words:
         return (
             ":::{admonition} The full network on all of its images\n:class: note real\n"
-            f"Run {text(run)}: profile {text(profile.name)}, {train:,} epochs of training and pruning; full width, every image.\n:::\n"
+            f"Run {text(run)}: profile {text(profile.name)}, {train:,} epochs of training and pruning; "
+            "full width, every image.\n:::\n"
         )
     return (
         ":::{admonition} A toy run\n:class: caution toy\n"
-        f"Run {text(run)}, profile {text(profile.name)}: {'; '.join(words)}. It shows how each technique works, in {train:,} epochs. "
+        f"Run {text(run)}, profile {text(profile.name)}: {'; '.join(words)}. "
+        f"It shows how each technique works, in {train:,} epochs. "
         "Its accuracies and scores say nothing about MSUNet and do not compare with published ones; "
         "those of the [real network](shipped.md) do.\n:::\n"
     )
@@ -267,8 +269,8 @@ def site_notebook(
 ) -> nbformat.NotebookNode:
     """A copy of an executed notebook for the site.
 
-    Set-up cells are folded, each picture becomes a numbered figure with alt text, its file in ``folder``, and the page
-    says what run it is of (``note``, after the first cell) and where its notebook and its code are.
+    Set-up cells are folded, each picture becomes a numbered figure with alt text, its file in ``folder``,
+    and the page says what run it is of (``note``, after the title) and where its notebook and its code are.
     """
     cells, images, begun = [], 0, False
     for cell in notebook.cells:
@@ -297,6 +299,8 @@ def site_notebook(
             )
         if part or rest:
             cells.append(_part(cell, part, tags, rest))
+    if title_of(notebook) is None:
+        cells.insert(0, new_markdown_cell(f"# {text(name)}"))
     cells.insert(1, new_markdown_cell(note))
     cells.append(new_markdown_cell(_foot(notebook, name)))
     kept = nbformat.v4.new_notebook(cells=cells)
@@ -315,8 +319,11 @@ def _part(cell, part, tags: list[str], outputs: list):
 
 
 def _picture(cell, output, content: bytes, file: str, name: str) -> str:
-    """The figure of an image output. Its words come from the output (figures.py describes each picture), else from
-    the cell's metadata as MyST-NB has it, else from the titles in the cell's own code."""
+    """The figure of an image output.
+
+    Its words come from the cell's metadata as MyST-NB has it, else from the output (alt_text.py describes
+    each picture), else from the titles in the cell's own code.
+    """
     own = cell.metadata.get("mystnb", {})
     told = output.get("metadata", {}).get("image/png", {})
     titles = _titles(cell.source)
@@ -349,8 +356,8 @@ def _foot(notebook: nbformat.NotebookNode, name: str) -> str:
     links = ", ".join(f"[`{module}`](code/{module}.md)" for module in modules_of(notebook))
     return (
         "## This page\n\n"
-        f'Its notebook: <a href="downloads/{name}.ipynb" download>{name}.ipynb</a>, as it was executed; how: [](run.md).\n\n'
-        + (f"The code it calls: {links}.\n" if links else "")
+        f'Its notebook: <a href="downloads/{name}.ipynb" download>{name}.ipynb</a>, as it was executed. '
+        "How: [this run](run.md).\n\n" + (f"The code it calls: {links}.\n" if links else "")
     )
 
 
@@ -397,15 +404,23 @@ def code_pages() -> dict[str, str]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         fence = "`" * (3 + max(map(len, re.findall(r"`+", source)), default=0))
         pages[module] = (
-            f"---\norphan: true\n---\n\n# {text(module)}\n\n{text(summary_of(source))}\n\nPart of [the code](../code.md), file "
-            f"`{path.relative_to(ROOT)}`.\n\n{fence}python\n{source}{fence}\n"
+            f"---\norphan: true\n---\n\n# {text(module)}\n\n{summary_of(source)}\n\n"
+            f"Part of [the code](../code.md), file `{path.relative_to(ROOT)}`.\n\n"
+            f"{fence}python\n{source}{fence}\n"
         )
     return pages
 
 
 def summary_of(source: str) -> str:
-    """The first paragraph of a module's docstring."""
-    return (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
+    """The first paragraph of a module's docstring as Markdown."""
+    words = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
+    parts = re.split(r"(?::\w+:)?(`+[^`]+`+)", words)
+    return "".join(f"`{part.strip('`')}`" if part.startswith("`") else _kept(part) for part in parts)
+
+
+def _kept(words: str) -> str:
+    """As text(), with the spaces at its ends."""
+    return f"{' ' * words[:1].isspace()}{text(words)}{' ' * words[-1:].isspace()}" if words.strip() else words
 
 
 def code_list(modules: Iterable[str]) -> str:
@@ -420,7 +435,7 @@ def code_list(modules: Iterable[str]) -> str:
         parts.append(f"## {room or 'beside the folders'}\n")
         for module in rooms[room]:
             summary = summary_of(source_of(module).read_text())
-            parts.append(f"- [`{module.removeprefix('msunet_core.')}`](code/{module}.md): {text(summary)}")
+            parts.append(f"- [`{module.removeprefix('msunet_core.')}`](code/{module}.md): {summary}")
         parts.append("")
     return "\n".join(parts)
 
@@ -470,4 +485,5 @@ def citation(cff: str) -> str:
     """How to cite the study."""
     if not cff:
         return "Cite the repository with the commit that [this run](run.md) names.\n"
-    return f'Cite it as <a href="downloads/CITATION.cff" download>CITATION.cff</a> says:\n\n```yaml\n{cff.strip()}\n```\n'
+    linked = '<a href="downloads/CITATION.cff" download>CITATION.cff</a>'
+    return f"Cite it as {linked} says:\n\n```yaml\n{cff.strip()}\n```\n"

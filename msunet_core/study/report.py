@@ -2,9 +2,9 @@
 
     python -m msunet_core.study.report RUN_FOLDER
 
-writes ``RUN_FOLDER/site/``, which opens from the file system and asks no other host for anything. Pages only show what
-notebooks and commits left; nothing that a notebook uses may move here, or into claims.py, pages.py and
-shipped_page.py: Make builds the site again when these change, but runs no notebook again for it.
+writes ``RUN_FOLDER/site/``, which opens from the file system and asks no other host for anything. Pages only
+show what notebooks and commits left; nothing that a notebook uses may move here, or into claims.py, pages.py
+and shipped_page.py: Make builds the site again when these change, but runs no notebook again for it.
 """
 
 from __future__ import annotations

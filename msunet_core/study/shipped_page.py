@@ -1,4 +1,4 @@
-"""The page about the shipped network: its curves, zeros, score and bytes, drawn from committed files alone."""
+"""The page about the shipped network: curves, zeros, score and bytes, drawn from committed files alone."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _headline(shipped: Shipped) -> str:
     words = table(("MSUNet-v3", "published", "shipped here"), rows, numbers=2)
     if accuracy and accuracy["top1"] < RANKED_FROM:
         words += (
-            f"\nA network below {RANKED_FROM} % had no rank in the challenge, whatever its score: the one that is "
-            "shipped here would have had none.\n"
+            f"\nA network below {RANKED_FROM} % had no rank in the challenge, whatever its "
+            "score: the one shipped here would have had none.\n"
         )
     return words
 
@@ -107,7 +107,8 @@ def _curves(shipped: Shipped, folder: Path) -> str:
         )
         last = history[tested].iloc[-1]
         told.append(
-            f"{stage} ends after {len(history)} epochs at {last['test_top1']:.1f} % top-1 and a test loss of {last['test_loss']:.2f}"
+            f"{stage} ends after {len(history)} epochs at {last['test_top1']:.1f} % top-1 "
+            f"and a test loss of {last['test_loss']:.2f}"
         )
         begin += len(history)
     left.set(xlabel="epoch", ylabel="loss (nats)", title="Loss, training then pruning")
@@ -122,11 +123,11 @@ def _curves(shipped: Shipped, folder: Path) -> str:
     return figure(
         _save(loss, folder, "shipped-loss"),
         f"Two lines for each stage, training and test loss over epochs: {words}.",
-        "Loss of the shipped network over its epochs. The first epochs see shrunk images where the profile says so.",
+        "Loss of the shipped network. Early epochs see shrunk images where the profile says so.",
         "fig-shipped-loss",
     ) + figure(
         _save(accuracy, folder, "shipped-accuracy"),
-        f"Top-1 and top-5 on test images over epochs, with the published top-1 as a dotted line above: {words}.",
+        f"Top-1 and top-5 on test images over epochs, the published top-1 as a dotted line: {words}.",
         "Test accuracy over epochs. Test images chose nothing: the last epoch is the one that is shipped.",
         "fig-shipped-accuracy",
     )
@@ -154,7 +155,8 @@ def _zeros(model: nn.Module, folder: Path) -> str:
     ax.legend(fontsize=8, loc="lower right")
     ternary = layers[layers["kind"] == "ternary"]
     most, least = ternary.loc[ternary["zeros"].idxmax()], ternary.loc[ternary["zeros"].idxmin()]
-    said = f"Zeros among ternary weights range from {least['zeros']:.2f} ({least['name']}) to {most['zeros']:.2f} ({most['name']})"
+    ends = " to ".join(f"{row['zeros']:.2f} ({row['name']})" for row in (least, most))
+    said = f"Zeros among ternary weights range from {ends}"
     return figure(
         _save(drawn, folder, "shipped-zeros"),
         f"Bars of the share of zeros for {len(layers)} layers, by kind. {said}.",
@@ -164,7 +166,7 @@ def _zeros(model: nn.Module, folder: Path) -> str:
 
 
 def text_of_dead(ternary: pd.DataFrame) -> str:
-    """A sentence on output channels all of whose weights are zero, which then say the same for every image."""
+    """A sentence on output channels all of whose weights are zero: they say the same for every image."""
     dead = ternary[ternary["dead"] > 0]
     if dead.empty:
         return "No output channel of a ternary layer is all zeros."
@@ -178,8 +180,9 @@ def _score(shipped: Shipped) -> str:
     kinds = shipped.score.by_kind()
     total = shipped.score
     return (
-        f"Counted at O3 while this page was built: {total.params / 1e6:.5f} M parameters of 32 bits, {total.mults / 1e6:.2f} M "
-        f"multiplications and {total.adds / 1e6:.2f} M additions, so a score of {total.value:.5f}. "
+        f"Counted at O3 while this page was built: {total.params / 1e6:.5f} M parameters of 32 bits, "
+        f"{total.mults / 1e6:.2f} M multiplications and {total.adds / 1e6:.2f} M additions, "
+        f"so a score of {total.value:.5f}. "
         f"Additions are {100 * total.adds / total.flops:.0f} % of the operations.\n\n{kinds_table(kinds)}"
     )
 
@@ -201,8 +204,8 @@ def _bytes(path: Path, folder: Path) -> str:
         f"{kind} {row.bytes:.1f} kB" for kind, row in zip(kinds.index, kinds.itertuples(), strict=True)
     )
     return (
-        f"{path.stat().st_size:,} bytes, where the score counts {counted:,.0f}: {path.stat().st_size / counted:.3f} times as many. "
-        "Every byte is accounted for.\n\n"
+        f"{path.stat().st_size:,} bytes, where the score counts {counted:,.0f}: "
+        f"{path.stat().st_size / counted:.3f} times as many. Every byte is accounted for.\n\n"
         + figure(
             _save(drawn, folder, "shipped-bytes"),
             f"Stacked bars of kilobytes by kind of layer: {said}.",
