@@ -101,7 +101,8 @@ def test_a_caption_of_a_hostile_name_ends_no_directive(tmp_path):
 
 
 def test_the_modules_that_a_notebook_calls_are_those_that_define_what_it_imports():
-    source = "from msunet_core import train, score\nfrom msunet_core.data import cutmix\nfrom msunet_core.model.ternary import ALPHA"
+    source = "from msunet_core import train, score\nfrom msunet_core.data import cutmix\n"
+    source += "from msunet_core.model.ternary import ALPHA"
     found = pages.modules_of(new_notebook(cells=[new_code_cell(source), new_code_cell("%magic")]))
     assert found == [
         "msunet_core.training.stages",

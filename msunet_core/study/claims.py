@@ -308,7 +308,7 @@ _EFFECTS = (
 
 
 def ablation_claims(folder: Path) -> Iterator[Claim]:
-    """What the tables in ``folder`` say to the statements on techniques; each needs choice, value, n and an interval."""
+    """What the tables in ``folder`` (choice, value, n, mean, low, high) say to statements on techniques."""
     table = _ablations(folder)
     for effect in _EFFECTS:
         row, sign = _row(table, effect)
