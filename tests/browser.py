@@ -19,7 +19,7 @@ OPTIONS = (
     "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 )
 KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "Home": 36, "End": 35, "Enter": 13, "Tab": 9}
-PATIENCE = 120.0  # seconds for one answer: both cores may be busy
+PATIENCE = 60.0  # seconds for one answer: both cores may be busy
 
 
 def find() -> str | None:
