@@ -84,7 +84,7 @@ PARAMETERS := $(strip $(foreach name,PROFILE RUN DATA DEVICE SEED LIMIT VARIANT,
 RECORD := $(RUN_FOLDER)/.parameters
 
 # Everything that a notebook imports. The site only shows what they left, runner.py only runs them.
-SITE := $(addprefix msunet_core/study/,report.py claims.py pages.py shipped_page.py)
+SITE := $(addprefix msunet_core/study/,report.py claims.py pages.py shipped_page.py web.py)
 CODE := $(sort $(filter-out %/__main__.py %/runner.py $(SITE),$(shell find msunet_core -name '*.py' -o -name '*.cpp')))
 PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/study/profiles/$(PROFILE).yaml))
 # Images given as an .npz, or as folders: a class folder's time changes with the images in it.

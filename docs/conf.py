@@ -31,6 +31,7 @@ html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["study.css"]
+html_favicon = "_static/favicon.svg"
 html_show_sourcelink = html_copy_source = False
 html_show_search_summary = False  # it fetches pages, which a browser refuses on the file system
 html_show_copyright = html_use_index = False

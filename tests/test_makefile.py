@@ -28,7 +28,7 @@ NOTEBOOKS = [
 ALL = [*NOTEBOOKS, "pages"]
 LOOK_AT_PRUNED = [*NOTEBOOKS[3:5], "07_packed_network"]
 SHIPPED = "runs/pretrained/msunet_v3.safetensors"
-SITE = ["claims", "pages", "report", "shipped_page"]
+SITE = ["claims", "pages", "report", "shipped_page", "web"]
 MODULES = ["__init__", "__main__", "data/sources", "model/network", "study/runner"]
 MODULES += [f"study/{name}" for name in SITE]
 # Set by the make, the shell or the environment that runs these tests, and not for the make under test.

@@ -1,4 +1,4 @@
-"""The site, built from the committed notebooks: whole, legible on a phone, asking no other host for anything."""
+"""The site of the committed notebooks: whole, legible on a phone, asking no other host for anything."""
 
 from __future__ import annotations
 
@@ -78,7 +78,13 @@ class Page(HTMLParser):
             self.images.append(given)
         if FETCHED.get(tag) in given:
             self.fetched.append(given[FETCHED[tag]])
-        if tag == "link" and given.get("rel") in ("stylesheet", "icon", "preload", "preconnect", "dns-prefetch"):
+        if tag == "link" and given.get("rel") in (
+            "stylesheet",
+            "icon",
+            "preload",
+            "preconnect",
+            "dns-prefetch",
+        ):
             self.fetched.append(given["href"])
 
     def handle_data(self, data):
@@ -97,7 +103,14 @@ def pages(site) -> dict[str, Page]:
 def test_every_notebook_has_a_page_and_sphinx_nothing_to_complain_of(built, pages):
     assert built[1] == ""
     assert {f"{path.stem}.html" for path in NOTEBOOKS} <= pages.keys()
-    assert {"index.html", "shipped.html", "run.html", "code.html", "about.html", "search.html"} <= pages.keys()
+    assert {
+        "index.html",
+        "shipped.html",
+        "run.html",
+        "code.html",
+        "about.html",
+        "search.html",
+    } <= pages.keys()
     assert "stale.html" not in pages
 
 
@@ -119,7 +132,9 @@ def test_every_internal_link_and_every_file_that_a_page_needs_is_there(site, pag
 
 
 def test_no_page_style_or_script_names_another_host_to_load_from(site, pages):
-    assert [a for page in pages.values() for a in page.fetched if urlsplit(a).scheme not in ("", "data")] == []
+    assert [
+        a for page in pages.values() for a in page.fetched if urlsplit(a).scheme not in ("", "data")
+    ] == []
     for path in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", path.read_text()), path
     for path in site.rglob("*.js"):
@@ -153,7 +168,12 @@ def test_a_run_tells_how_it_was_made_and_offers_what_it_made(site, pages):
         assert words in text, words
     assert "61 s" in pages["index.html"].text and "1,234 MiB" in pages["index.html"].text
     offered = {path.name for path in (site / "downloads").iterdir()}
-    assert {"metrics.json", "provenance.json", "shipped_msunet_v3.safetensors", "shipped_train_history.csv"} <= offered
+    assert {
+        "metrics.json",
+        "provenance.json",
+        "shipped_msunet_v3.safetensors",
+        "shipped_train_history.csv",
+    } <= offered
     assert {path.name for path in NOTEBOOKS} <= offered
 
 
@@ -197,8 +217,12 @@ def test_no_page_scrolls_sideways_complains_or_leaves_the_machine(window, site, 
         wide = window.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{path.name} is {wide} pixels wider than {width}"
         assert window.complaints == [], path.name
-        assert not [a for a in window.requests if urlsplit(a).scheme not in ("file", "data", "blob")], path.name
-        broken = "[...document.images].filter(i => i.complete && !i.naturalWidth && i.loading != 'lazy').length"
+        assert not [a for a in window.requests if urlsplit(a).scheme not in ("file", "data", "blob")], (
+            path.name
+        )
+        broken = (
+            "[...document.images].filter(i => i.complete && !i.naturalWidth && i.loading != 'lazy').length"
+        )
         assert window.evaluate(broken) == 0, path.name
         colour = window.evaluate("getComputedStyle(document.body).backgroundColor")
         backgrounds.add(sum(map(float, re.findall(r"[\d.]+", colour)[:3])) < 200)

@@ -1,7 +1,7 @@
 """Pictures of a notebook for every reader: drawn for dense screens, described for who cannot see them.
 
-The words come from the figure itself (titles, axis labels, what each line, bar and image holds), so
-they cannot say anything else than the picture. They travel in the output's own metadata, where the site finds them.
+The words come from the figure itself (titles, axis labels, what each line, bar and image holds), so they say
+nothing else than the picture. They travel in the output's own metadata, where the site finds them.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class Claim:
     verdict : "reproduced", "not reproduced" or "not testable here"
     reason : why, in a sentence
     page : name of the page that tells more
+    about : pattern of the heading on that page that speaks of it
     """
 
     published: str
@@ -69,6 +70,7 @@ class Claim:
     verdict: str
     reason: str
     page: str
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _params(fresh: list[Score]) -> Claim:
         REPRODUCED if close else NOT_REPRODUCED,
         f"{100 * (mean / published - 1):+.2f} % beside the published count; ternary zeros move it.",
         "05_scoring_walkthrough",
+        "published",
     )
 
 
@@ -217,6 +220,7 @@ def _flops(fresh: list[Score], shipped: Shipped | None) -> Claim:
         verdict,
         reason,
         "05_scoring_walkthrough",
+        "published",
     )
 
 
@@ -364,6 +368,7 @@ def _schedule(shipped: Shipped | None) -> Claim:
         REPRODUCED if first == RAMP_EPOCHS else NOT_REPRODUCED,
         "A property of the schedule. What accuracy is left at that epoch has not been trained here.",
         "03_fp16_pruning",
+        "schedule|cubic|sparsity",
     )
 
 
@@ -388,6 +393,7 @@ def record_claim(path: Path) -> Claim:
         REPRODUCED if worst <= RECORD_TOLERANCE else NOT_REPRODUCED,
         f"Asked is a loss within {RECORD_TOLERANCE} of the published run record in each epoch.",
         "02_ternary_training",
+        "record|published|training",
     )
 
 
@@ -406,4 +412,5 @@ def _unit() -> Iterator[Claim]:
             REPRODUCED if same else NOT_REPRODUCED,
             f"The unit of the score, to the {digits + len(str(int(reference / power)))} digits published.",
             "05_scoring_walkthrough",
+            "WideResNet|unit",
         )

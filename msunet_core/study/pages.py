@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import yaml
+from docutils.nodes import make_id
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from ..errors import StudyError
@@ -57,7 +58,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int = 
     body = "\n".join(line(row, "td") for row in rows)
     top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
     inside = f'<table class="docutils {kind}">{top}<tbody>\n{body}\n</tbody></table>'
-    return raw(f'<div class="scroll" tabindex="0">{inside}</div>')
+    return raw(f'<div class="scroll" tabindex="0" role="region" aria-label="table">{inside}</div>')
 
 
 class Html(str):
@@ -89,10 +90,13 @@ def link(file: str, label: str) -> Html:
 # -- claims ------------------------------------------------------------------------------------
 
 
-def claims_table(rows: Sequence[Claim], pages: Mapping[str, str]) -> str:
+def claims_table(
+    rows: Sequence[Claim], pages: Mapping[str, str], headings: Mapping[str, Sequence[str]]
+) -> str:
     """The front page's table; on a phone each row becomes a card with its columns named.
 
     pages : titles of the pages there are, by name; a claim whose page is not there has no link
+    headings : of each page; a claim leads to the first one that speaks of it
     """
     names = ("claim as published", "what was run", "n", "result (95 % interval or range)", "verdict")
     lines = []
@@ -101,7 +105,8 @@ def claims_table(rows: Sequence[Claim], pages: Mapping[str, str]) -> str:
         for name, cell in zip(names[1:4], (row.ran, row.n, row.result), strict=True):
             absent = "" if cell else ' class="absent"'
             cells.append(f'<td data-name="{name.split(" (")[0]}"{absent}>{html.escape(cell or "–")}</td>')
-        more = f" More: {link(f'{row.page}.html', pages[row.page])}." if row.page in pages else ""
+        place = f"{row.page}.html{_anchor(row.about, headings.get(row.page, ()))}"
+        more = f" More: {link(place, pages[row.page])}." if row.page in pages else ""
         cells.append(
             f'<td><strong class="verdict">{MARKS.get(row.verdict, "○")} {row.verdict}</strong>'
             f"<small>{html.escape(row.reason)}{more}</small></td>"
@@ -112,6 +117,11 @@ def claims_table(rows: Sequence[Claim], pages: Mapping[str, str]) -> str:
     return raw(
         f'<table class="docutils claims"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
     )
+
+
+def _anchor(about: str, headings: Sequence[str]) -> str:
+    found = (heading for heading in headings if re.search(about, heading, re.IGNORECASE)) if about else ()
+    return next((f"#{make_id(heading)}" for heading in found), "")
 
 
 # -- the run -----------------------------------------------------------------------------------
@@ -262,6 +272,17 @@ def title_of(notebook: nbformat.NotebookNode) -> str | None:
         if cell.cell_type == "markdown" and (heading := re.search(r"^#\s+(.+)$", cell.source, re.MULTILINE)):
             return re.sub(r"[`*$]", "", heading[1]).strip()
     return None
+
+
+def headings_of(notebook: nbformat.NotebookNode) -> list[str]:
+    """The headings below the title as they are shown, but for those with formulas."""
+    found = [
+        heading
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for heading in re.findall(r"^##+\s+(.+)$", cell.source, re.MULTILINE)
+    ]
+    return [re.sub(r"[`*]", "", heading).strip() for heading in found if "$" not in heading]
 
 
 def site_notebook(

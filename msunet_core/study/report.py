@@ -92,6 +92,7 @@ def _stage(folder: Path, notebooks: dict[str, nbformat.NotebookNode], source: Pa
     for name, notebook in notebooks.items():
         made = pages.site_notebook(notebook, name, statement, pictures)
         nbformat.write(made, source / f"{name}.ipynb")
+    headings = {name: pages.headings_of(notebook) for name, notebook in notebooks.items()}
     code = pages.code_pages()
     (source / "code").mkdir()
     for module, page in code.items():
@@ -108,7 +109,7 @@ def _stage(folder: Path, notebooks: dict[str, nbformat.NotebookNode], source: Pa
         {
             **parts,
             "claims": pages.claims_table(
-                claims(shipped=shipped), {**titles, "shipped": "The shipped network"}
+                claims(shipped=shipped), {**titles, "shipped": "The shipped network"}, headings
             ),
             "run_statement": statement,
             "notebooks": pages.notebook_table(titles, provenance.get("notebooks") or {}),
@@ -150,10 +151,11 @@ def _render(source: Path, out: Path) -> None:
     from sphinx.application import Sphinx
     from sphinx.errors import SphinxError
 
+    own = {"html_static_path": [str(source / "_static")]}  # ours, and what was made for this site
     warnings = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            app = Sphinx(source, DOCS, out, out.parent / "doctrees", "html", status=None, warning=warnings)
+            app = Sphinx(source, DOCS, out, out.parent / "doctrees", "html", own, None, warnings)
             app.build(force_all=True)
     except SphinxError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
