@@ -58,7 +58,7 @@ COMES_WITH = {
     "PIL": "torchvision",
     "triton": "torch",
     "jupyter_client": "papermill",
-    "nbformat": "nbconvert",
+    "nbformat": "papermill",
 }
 
 
