@@ -30,7 +30,7 @@ from ..errors import StudyError
 from ..files import atomic_write, lock_folder, write_fault
 from ..measure.evaluation import BATCH_SIZE, accuracy, class_scores
 from ..model.checkpoint import latest_checkpoint, save_checkpoint
-from ..model.pruning import GROUPS, cubic_sparsity
+from ..model.pruning import cubic_sparsity
 from ..model.ternary import layer_statistics, set_alpha
 from .distributed import Processes, joined
 from .events import Events
@@ -328,7 +328,9 @@ class _Stage:
         }
         reached = learner.pruner.group_sparsity()
         for group, sparsity in reached.items():
-            row[f"target_{group}"] = cubic_sparsity(self.epoch, GROUPS[group][1], config.ramp_epochs)
+            row[f"target_{group}"] = cubic_sparsity(
+                self.epoch, learner.pruner.targets[group], config.ramp_epochs
+            )
             row[f"sparsity_{group}"] = sparsity
         last = self.epoch + 1 == config.epochs
         tested = last or (self.epoch + 1) % config.evaluate_every == 0
