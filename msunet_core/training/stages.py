@@ -15,7 +15,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def _run_stage(
         with lock_folder(folder) if processes.writes else contextlib.nullcontext(), exact:
             run = _Stage(stage, model, data, config, folder, seed, device, processes)
             run.resume()
-            with _progress(progress if processes.writes else False) as show:
+            with progress_line(progress if processes.writes else False) as show:
                 run.run(show)
             return run.result()
 
@@ -409,7 +409,8 @@ class _Stage:
 
 
 @contextlib.contextmanager
-def _progress(progress: bool | Progress):
+def progress_line(progress: bool | Progress) -> Iterator[Progress]:
+    """What long work tells its progress to: a bar with an ETA (True), nothing (False), or what was given."""
     if callable(progress):
         yield progress
         return
