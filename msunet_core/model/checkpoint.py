@@ -144,7 +144,7 @@ def load_checkpoint(
     Parameters
     ----------
     path : file; a published one is read by torch.load with ``weights_only=True`` and
-        ``argparse.Namespace`` as the only further class (SPEC section 10), so nothing in it can run
+        ``argparse.Namespace`` as the only further class (specification §10), so nothing in it can run
     variant : "v1", "v2" or "v3", the network the file must hold
     weights : "ternary", "binary" or "float"; None: what the file says, else "ternary"
 
@@ -180,6 +180,19 @@ def load_checkpoint(
         raise StudyError(f"{path} is refused: {_first_line(error)}; use another copy") from error
     info["dtype"] = str(state["conv_stem.weight"].dtype).removeprefix("torch.")
     return model.eval(), info
+
+
+def read_momentum(path: str | Path) -> dict[str, Tensor]:
+    """Momentum of SGD by parameter name, FP32, of a checkpoint of the study's own; empty of another file.
+
+    Published checkpoints hold an optimizer's state by number, not by name, so theirs is not taken.
+    """
+    path = Path(path)
+    _refuse_missing(path)
+    if not _is_safetensors(path):
+        return {}
+    tensors, _ = read_checkpoint(path)
+    return {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
 
 
 def _refuse_missing(path: Path) -> None:

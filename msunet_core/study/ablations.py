@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..errors import StudyError
 from ..files import atomic_write, lock_folder
-from ..training.stages import Progress, progress_line
+from ..training.records import Progress, shown_progress
 from .grid import Grid
 from .grid_runs import Plan, finished, perform, plan, source_of, versions
 from .profile import Profile
@@ -121,7 +121,7 @@ def _compute(todo: Plan, results: dict[Path, dict], jobs: int, scheduler, progre
     done = dict.fromkeys([run.folder for run in left], 0.0)
     work = {run.folder: run.work for run in left}
 
-    with progress_line(progress) as show:
+    with shown_progress(progress) as show:
 
         def at(folder: Path, part: float) -> None:
             done[folder] = max(done[folder], part)

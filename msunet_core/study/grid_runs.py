@@ -7,7 +7,6 @@ finished there is read and not computed again; what was cut off goes on from its
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -26,14 +25,14 @@ from ..errors import StudyError
 from ..files import atomic_write
 from ..measure.evaluation import evaluate
 from ..measure.scoring import score
-from ..model.checkpoint import load_checkpoint
+from ..model.checkpoint import load_checkpoint, read_momentum
 from ..training.recipe import StageConfig
 from ..training.resume import recipe_of
 from ..training.schedules import image_size_of_epoch
 from ..training.stages import CHECKPOINT, prune, train
 from .grid import Grid, Row
 from .profile import Profile
-from .provenance import git_state, hardware
+from .provenance import git_state, hardware, recorded_stage
 from .run import new_network
 
 RESULT = "result.json"
@@ -179,7 +178,8 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
     if before and "failed" in before:
         return {"failed": f"its training failed: {before['failed']}"}
     try:
-        return _perform(run, levels, report)
+        with recorded_stage(run.folder, run.folder.parent.parent.name, run.seed):
+            return _perform(run, levels, report)
     except Exception as error:  # whatever it was, the other rows go on
         reason = (str(error).strip() or "no message").splitlines()[0]
         return {"failed": reason if isinstance(error, StudyError) else f"{type(error).__name__}: {reason}"}
@@ -188,17 +188,18 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
 def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None]) -> dict:
     began = time.time()
     data = run.data.load()
-    stage, network = train, None
+    options = {
+        "seed": run.seed,
+        "device": run.device,
+        "progress": lambda done, total, text: report(0.95 * done / total),  # the rest is the test
+    }
     if run.start is None:
         network = new_network(Profile(seed=run.seed), data.num_classes, **run.network)
+        ended = train(network, data, run.config, run.folder, **options)
     else:
-        stage, (network, _) = prune, load_checkpoint(run.start.folder / CHECKPOINT)
-    ended = stage(
-        *(network, data, run.config, run.folder),
-        seed=run.seed,
-        device=run.device,
-        progress=lambda done, total, text: report(0.95 * done / total),  # the rest is the test
-    )
+        path = run.start.folder / CHECKPOINT
+        network, momentum = load_checkpoint(path)[0], read_momentum(path)
+        ended = prune(network, data, run.config, run.folder, momentum=momentum, **options)
     tests = {}
     for level in levels:
         found, cost = (
@@ -215,25 +216,10 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         "cpu": hardware()["cpu"],
         "threads": torch.get_num_threads(),
     }
-    atomic_write(run.folder / "provenance.json", json.dumps(_provenance(run, began), indent=1) + "\n")
     atomic_write(
         run.folder / RESULT, json.dumps(result, indent=1) + "\n"
     )  # last: with it, the run is finished
     return result
-
-
-def _provenance(run: Run, began: float) -> dict:
-    return {
-        "seed": run.seed,
-        "network": run.network,
-        "stage": dataclasses.asdict(run.config),
-        "starts_from": run.start and run.start.folder.parent.name,
-        "data": run.data.fingerprint,
-        **versions(),
-        "threads": torch.get_num_threads(),
-        "started": datetime.datetime.fromtimestamp(began).astimezone().isoformat(timespec="seconds"),
-        "wall_seconds": round(time.time() - began, 1),
-    }
 
 
 def versions() -> dict:

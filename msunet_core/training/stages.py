@@ -8,43 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
-import datetime
-import io
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from ..data.augment import augment, draw_epoch_plan
 from ..data.images import ImageData
 from ..errors import StudyError
-from ..files import atomic_write, lock_folder, write_fault
+from ..files import lock_folder
 from ..measure.evaluation import BATCH_SIZE, accuracy, class_scores
-from ..model.checkpoint import latest_checkpoint, save_checkpoint
+from ..model.checkpoint import save_checkpoint
+from ..model.precision import without_tf32
 from ..model.pruning import cubic_sparsity
 from ..model.ternary import layer_statistics, set_alpha
 from .distributed import Processes, joined
-from .events import Events
 from .interrupt import StopSignals
 from .learner import MIN_LOSS_SCALE, Learner, deterministic, first_bad_layer, first_bad_tensor
 from .recipe import StageConfig
-from .resume import difference, fingerprint_of, recipe_of
+from .records import Progress, Records, shown_progress
+from .resume import identity_of, saved_state
 from .schedules import alpha_of_epoch, learning_rate
 
 CHECKPOINT = "checkpoint.safetensors"
 # Devices whose losses are read at each step. On others the host would wait for the device: there the losses
 # of an epoch are read at its end.
 LIVE_LOSS = ("cpu",)
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
 
 
 @dataclass
@@ -67,7 +62,7 @@ class StageResult:
 def train(
     model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
 ) -> StageResult:
-    """Ternary training (SPEC section 6), in ``folder``; goes on where a checkpoint there stopped.
+    """Ternary training (specification §6), in ``folder``; goes on where a checkpoint there stopped.
 
     Parameters
     ----------
@@ -79,9 +74,11 @@ def train(
     seed : int, of every random choice (default 0)
     device : "auto", "cpu", "cuda", ...
     progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
+    momentum : of SGD, by parameter name, to begin with instead of 0: that of the stage before, as
+        :func:`msunet_core.model.checkpoint.read_momentum` gives it (specification §6)
 
-    Started by ``torchrun``, its processes share each batch (:mod:`msunet_core.distributed`); the first one
-    alone writes and shows progress, and all return the same network, history and metrics.
+    Started by ``torchrun``, its processes share each batch (:mod:`msunet_core.training.distributed`); the
+    first one alone writes and shows progress, and all return the same network, history and metrics.
 
     Raises
     ------
@@ -94,7 +91,7 @@ def train(
 def prune(
     model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
 ) -> StageResult:
-    """Pruning (SPEC section 7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
+    """Pruning (specification §7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
     if config.pruner == "none":
         raise StudyError("pruner 'none' prunes nothing; choose V1, V2 or V3, or call train")
     return _run_stage("prune", model, data, config, Path(folder), **options)
@@ -122,22 +119,27 @@ def _run_stage(
     seed: int = 0,
     device: str = "auto",
     progress: bool | Progress = True,
+    momentum: dict[str, Tensor] | None = None,
 ) -> StageResult:
     with joined(device) as processes:
         device = resolve_device(processes.device_name(device))
-        exact = deterministic(device) if config.deterministic else contextlib.nullcontext()
-        with lock_folder(folder) if processes.writes else contextlib.nullcontext(), exact:
-            run = _Stage(stage, model, data, config, folder, seed, device, processes)
+        with contextlib.ExitStack() as held:
+            if processes.writes:
+                held.enter_context(lock_folder(folder))
+            if config.deterministic:
+                held.enter_context(deterministic(device))
+            if config.opt_level == "O0":
+                held.enter_context(without_tf32())
+            run = _Stage(stage, model, data, config, folder, seed, device, momentum, processes)
             run.resume()
-            with progress_line(progress if processes.writes else False) as show:
-                run.run(show)
+            run.run(held.enter_context(shown_progress(progress if processes.writes else False)))
             return run.result()
 
 
 class _Stage:
     """The loop over epochs, and everything it must not lose."""
 
-    def __init__(self, stage, model, data, config, folder, seed, device, processes):
+    def __init__(self, stage, model, data, config, folder, seed, device, momentum, processes):
         if data.num_classes != model.config["num_classes"]:
             raise StudyError(
                 f"the data have {data.num_classes} classes, the network {model.config['num_classes']}; "
@@ -146,14 +148,8 @@ class _Stage:
         self.stage, self.config, self.folder, self.seed, self.device = stage, config, folder, seed, device
         self.processes: Processes = processes
         self.path = folder / CHECKPOINT
-        self.identity = {
-            "stage": stage,
-            "seed": seed,
-            "config": recipe_of(config, processes.world),
-            "data": data.fingerprint,
-            "network": model.config,
-            "start": fingerprint_of(model),
-        }
+        self.records = Records(folder, stage, processes.writes)
+        self.identity = identity_of(stage, seed, config, data, model, momentum, processes)
         self.shell = copy.deepcopy(model).cpu()  # FP32, for the result
         self.images = data.train_images.to(device)
         self.labels = data.train_labels.to(device)
@@ -166,6 +162,7 @@ class _Stage:
                 "make it smaller"
             )
         self.learner = Learner(model.to(device), config, processes)
+        self.learner.take_momentum(momentum or {})
         self.history: list[dict] = []
         self.layers = self._layer_rows(0)
         self.epoch = 0
@@ -180,30 +177,11 @@ class _Stage:
     # -- what is kept ------------------------------------------------------------------------
 
     def resume(self) -> None:
-        first = self.processes.tell(self.identity)
-        if first != self.identity:
-            raise StudyError(
-                f"process {self.processes.rank} does not train what process 0 does "
-                f"({difference(first, self.identity)}); give all the same data, network and seed"
-            )
-        # The first process reads for all: the others may have no such folder.
-        found = self.processes.tell(latest_checkpoint(self.path) if self.processes.writes else None)
+        found = saved_state(self.path, self.identity, self.config.epochs, self.processes)
         if found is None:
-            self._log(f"start: {json.dumps(self.identity)}")
+            self.records.log(f"start: {json.dumps(self.identity)}")
             return
         tensors, info = found
-        theirs = info.get("identity", {})
-        theirs = {key: theirs.get(key) for key in self.identity}
-        if theirs != self.identity:
-            raise StudyError(
-                f"{self.folder} holds another run ({difference(theirs, self.identity)}); "
-                "give another folder or RUN, or remove this one"
-            )
-        if info["epoch"] + (info["step"] > 0) > self.config.epochs:
-            raise StudyError(
-                f"{self.folder} holds {info['epoch']} epochs and {info['step']} steps, more than epochs "
-                f"{self.config.epochs}; raise epochs or give another folder or RUN"
-            )
         self.learner.load(tensors, info["learner"])
         self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
         self.layers = info["layers"]
@@ -213,7 +191,7 @@ class _Stage:
         set_alpha(self.learner.model, info["network"]["alpha"])
         if self.epoch < self.config.epochs:
             with_others = f" with {self.processes.world} processes" if self.processes.world > 1 else ""
-            self._log(f"resume at epoch {self.epoch}, step {self.step}{with_others}")
+            self.records.log(f"resume at epoch {self.epoch}, step {self.step}{with_others}")
 
     def save(self) -> None:
         self._read_losses()
@@ -237,32 +215,21 @@ class _Stage:
         }
         if self.processes.writes:
             save_checkpoint(self.path, tensors, info)
-        self._write_tables()
+        self._write()
         self.processes.greatest(0)  # nobody goes on, or leaves, before what they have is safe
-
-    def _log(self, line: str) -> None:
-        if not self.processes.writes:
-            return
-        now = datetime.datetime.now().isoformat(" ", "seconds")
-        try:
-            with (self.folder / "log.txt").open("a") as log:
-                log.write(f"{now} {self.stage}: {line}\n")
-        except OSError as error:
-            raise write_fault(self.folder / "log.txt", error) from error
 
     # -- the loop ----------------------------------------------------------------------------
 
     def run(self, show: Progress) -> None:
         if self.epoch >= self.config.epochs and self.processes.tell(self.path.exists()):
             return
-        shown = Events(self.folder, self.epoch) if self.processes.writes else contextlib.nullcontext()
-        with StopSignals() as stop, shown as events:
+        with StopSignals() as stop, self.records.events(self.epoch) as events:
             while self.epoch < self.config.epochs:
                 started = time.perf_counter()
                 self._run_epoch(show, stop)
                 row = self._finish_epoch(stop)
                 seconds = time.perf_counter() - started
-                self._log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
+                self.records.log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
                 if events is not None:
                     events.add(row["epoch"], {**row, "seconds": seconds})
                 if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
@@ -367,7 +334,7 @@ class _Stage:
             f"first bad layer {layer}; lower lr {self.config.lr} or check the data "
             "(the last good checkpoint is kept)"
         )
-        self._log(message)
+        self.records.log(message)
         raise StudyError(message)
 
     def _leave_if_asked(self, stop: StopSignals) -> None:
@@ -375,25 +342,18 @@ class _Stage:
         if not received:
             return
         self.save()
-        self._log(f"stopped by {signal.Signals(received).name} at epoch {self.epoch}, step {self.step}")
+        self.records.log(
+            f"stopped by {signal.Signals(received).name} at epoch {self.epoch}, step {self.step}"
+        )
         if received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(f"{self.stage} checkpointed at epoch {self.epoch}, step {self.step}")
 
-    # -- what is shown -----------------------------------------------------------------------
+    # -- what it ends with -------------------------------------------------------------------
 
-    def _write_tables(self) -> None:
-        if not self.processes.writes:
-            return
-        for name, rows in (("history.csv", self.history), ("layers.csv", self.layers)):
-            text = io.StringIO()
-            if rows:
-                writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            atomic_write(self.folder / name, text.getvalue())
-        if self.epoch >= self.config.epochs:
-            atomic_write(self.folder / "metrics.json", json.dumps(self._metrics(), indent=1) + "\n")
+    def _write(self) -> None:
+        ended = self.epoch >= self.config.epochs
+        self.records.write(self.history, self.layers, self._metrics() if ended else None)
 
     def _metrics(self) -> dict[str, float]:
         if not self.history:
@@ -401,28 +361,11 @@ class _Stage:
         return {name: self.history[-1][f"test_{name}"] for name in ("top1", "top5", "loss")}
 
     def result(self) -> StageResult:
-        self._write_tables()
+        self._write()
         state = {name: tensor.cpu() for name, tensor in self.learner.masters.state_dict().items()}
         self.shell.load_state_dict(state)
         set_alpha(self.shell, self.learner.model.config["alpha"])
         return StageResult(self.shell.eval(), pd.DataFrame(self.history), self._metrics(), self.path)
-
-
-@contextlib.contextmanager
-def progress_line(progress: bool | Progress) -> Iterator[Progress]:
-    """What long work tells its progress to: a bar with an ETA (True), nothing (False), or what was given."""
-    if callable(progress):
-        yield progress
-        return
-    with tqdm(disable=not progress, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
-
-        def show(done: int, total: int, text: str) -> None:
-            if bar.total != total:
-                bar.total, bar.initial, bar.n = total, done, done
-            bar.set_description(text, refresh=False)
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _summary(row: dict) -> str:
