@@ -164,6 +164,7 @@ class TransformedImages(torch.utils.data.Dataset):
                 transforms.ColorJitter(0.4, 0.4, 0.4),
                 transforms.ToTensor(),
                 transforms.Normalize(MEAN, STD),
+                transforms.RandomErasing(0.4, (0.02, 1 / 3), (0.3, 1 / 0.3)),  # specification §4
             ]
         )
 
