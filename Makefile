@@ -83,8 +83,9 @@ PARAMETERS := $(strip $(foreach name,PROFILE RUN DATA DEVICE SEED LIMIT VARIANT,
   $(if $(SET),-p OVERRIDES $(call quote,$(SET))))
 RECORD := $(RUN_FOLDER)/.parameters
 
-# Everything that a notebook imports. report.py only shows what they left, runner.py only runs them.
-CODE := $(sort $(filter-out %/__main__.py %/runner.py %/report.py,$(shell find msunet_core -name '*.py' -o -name '*.cpp')))
+# Everything that a notebook imports. The site only shows what they left, runner.py only runs them.
+SITE := $(addprefix msunet_core/study/,report.py claims.py pages.py shipped_page.py web.py)
+CODE := $(sort $(filter-out %/__main__.py %/runner.py $(SITE),$(shell find msunet_core -name '*.py' -o -name '*.cpp')))
 PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/study/profiles/$(PROFILE).yaml))
 # Images given as an .npz, or as folders: a class folder's time changes with the images in it.
 DATA_FILES := $(if $(filter-out synthetic cifar100,$(DATA)),$(wildcard $(DATA) $(DATA)/* $(DATA)/*/*))
@@ -94,7 +95,8 @@ SHIPPED := runs/pretrained/msunet_v3.safetensors
 NAMES := 01_data_and_cutmix 02_ternary_training 03_fp16_pruning 04_o3_validation 05_scoring_walkthrough 06_ablations \
   07_packed_network
 EXECUTED := $(NAMES:%=$(RUN_FOLDER)/%.ipynb)
-INDEX := $(RUN_FOLDER)/index.html
+INDEX := $(RUN_FOLDER)/site/index.html
+EVIDENCE := $(wildcard docs/* docs/_static/* runs/pretrained/* runs/ablations/*.csv runs/record/*.csv CITATION.cff)
 
 $(RUN_FOLDER)/03_fp16_pruning.ipynb: $(RUN_FOLDER)/02_ternary_training.ipynb
 # On the real CIFAR-100 these also look at the shipped network.
@@ -109,7 +111,7 @@ $(EXECUTED): $(RUN_FOLDER)/%.ipynb: notebooks/%.ipynb $(INPUTS)
 	@$(PY) -m msunet_core.study.runner run $< $@ $(PARAMETERS) \
 	  $(if $(STAGE_$*),--stage $(RUN_FOLDER)/$(STAGE_$*) --inputs $(filter-out $<,$^))
 
-$(INDEX): $(EXECUTED) msunet_core/study/report.py
+$(INDEX): $(EXECUTED) $(SITE) $(EVIDENCE)
 	@$(PY) -m msunet_core.study.report $(RUN_FOLDER)
 
 # The record of the parameters is rewritten when they differ from those of the last run, and only once
@@ -134,7 +136,7 @@ LOCKED = $(if $(DRY),,$(PY) -m msunet_core.study.runner lock $(RUN_FOLDER) -- )$
 ##@ targets
 
 .PHONY: reproduce train prune ablations report
-reproduce: $(ENVIRONMENT) ## run notebooks 01..07 headless and render the pages, as far as anything changed
+reproduce: $(ENVIRONMENT) ## run notebooks 01..07 headless and build the site, as far as anything changed
 	@$(CHECK)
 	+@$(LOCKED) .$@
 train: $(ENVIRONMENT) ## only notebook 02: ternary training
@@ -146,7 +148,7 @@ prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precisio
 ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
 	@$(CHECK)
 	+@$(LOCKED) .$@
-report: $(ENVIRONMENT) ## render the pages of RUN again from what is there, running nothing
+report: $(ENVIRONMENT) ## build the site of RUN again from what is there, running nothing
 	@$(PY) -m msunet_core.study.report $(RUN_FOLDER)
 
 .PHONY: score validate pack pretrained

@@ -28,14 +28,18 @@ NOTEBOOKS = [
 ALL = [*NOTEBOOKS, "pages"]
 LOOK_AT_PRUNED = [*NOTEBOOKS[3:5], "07_packed_network"]
 SHIPPED = "runs/pretrained/msunet_v3.safetensors"
-MODULES = ["__init__", "__main__", "data/sources", "model/network", "study/report", "study/runner"]
+SITE = ["claims", "pages", "report", "shipped_page", "web"]
+MODULES = ["__init__", "__main__", "data/sources", "model/network", "study/runner"]
+MODULES += [f"study/{name}" for name in SITE]
 # Set by the make, the shell or the environment that runs these tests, and not for the make under test.
 INHERITED = re.compile(r"MAKE|MFLAGS|MSUNET_|PYTHON|VIRTUAL_ENV|CONDA_")
 
 PYTHON = """#!/usr/bin/env bash
 set -e
 [ "$1" = -c ] && exit 0
-[ "$1 $2" = "-m msunet_core.study.report" ] && { echo pages >> log; touch "$3/index.html"; exit; }
+[ "$1 $2" = "-m msunet_core.study.report" ] && {
+  echo pages >> log; mkdir -p "$3/site"; touch "$3/site/index.html"; exit
+}
 [ "$1 $2" = "-m msunet_core.study.runner" ] || { echo "$*" >> log; exit; }
 case "$3" in
 check)
@@ -143,6 +147,9 @@ def test_a_dry_run_says_what_would_run_and_does_nothing(done):
         ("msunet_core/model/network.py", ALL),
         ("msunet_core/study/profiles/smoke.yaml", ALL),
         ("msunet_core/study/report.py", ["pages"]),
+        ("msunet_core/study/claims.py", ["pages"]),
+        ("docs/index.md", ["pages"]),
+        ("docs/_static/study.css", ["pages"]),
         ("msunet_core/study/profiles/quick.yaml", []),
         ("msunet_core/study/runner.py", []),
         ("msunet_core/__main__.py", []),
@@ -157,8 +164,9 @@ def test_an_edit_reruns_what_depends_on_it_and_nothing_else(done, edited, reruns
 
 def test_what_make_leaves_out_is_used_by_no_notebook():
     """The other half of the test above: an edit of these files cannot change a notebook's outputs."""
-    left_out = {"__main__", "runner", "report"}
-    for path in (ROOT / "msunet_core").glob("*.py"):
+    left_out = {"__main__", "runner", *SITE}
+    names = "|".join(left_out)
+    for path in (ROOT / "msunet_core").rglob("*.py"):
         if path.stem in left_out:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -167,7 +175,7 @@ def test_what_make_leaves_out_is_used_by_no_notebook():
                 assert not (node.level and left_out & used), path
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
-        assert not re.search(r"msunet_core(\.| import.*\b)(report|runner|__main__)\b", source), path
+        assert not re.search(rf"msunet_core[\w.]*(\.| import.*\b)({names})\b", source), path
 
 
 @pytest.mark.parametrize(
@@ -207,7 +215,7 @@ def test_an_image_more_in_a_class_folder_reruns_all(checkout):
 
 def test_a_run_is_named_after_its_profile_and_leaves_the_others_alone(done):
     assert done.make("reproduce", "PROFILE=quick") == ALL
-    assert (done.folder / "runs/quick/index.html").exists()
+    assert (done.folder / "runs/quick/site/index.html").exists()
     assert done.make("reproduce", "RUN=again") == ALL
     assert done.make("reproduce") == []
 
@@ -215,7 +223,7 @@ def test_a_run_is_named_after_its_profile_and_leaves_the_others_alone(done):
 def test_runs_go_where_the_environment_says(checkout, tmp_path):
     elsewhere = tmp_path / "big disk".replace(" ", "_")
     assert checkout.make("reproduce", MSUNET_RUNS=str(elsewhere)) == ALL
-    assert (elsewhere / "smoke/index.html").exists()
+    assert (elsewhere / "smoke/site/index.html").exists()
     assert not (checkout.folder / "runs").exists()
 
 
@@ -401,6 +409,7 @@ def test_an_active_environment_without_the_packages_is_one_clear_line(checkout):
 def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout):
     shutil.rmtree(checkout.folder / "msunet_core")
     shutil.copytree(ROOT / "msunet_core", checkout.folder / "msunet_core")
+    shutil.copytree(ROOT / "docs", checkout.folder / "docs")
     for name in NOTEBOOKS:
         cells = [
             new_code_cell('PROFILE = "smoke"\nRUN = "lab"\nSEED = 0', metadata={"tags": ["parameters"]}),
@@ -429,12 +438,12 @@ def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout)
 
     run = checkout.folder / "runs" / "smoke"
     shown = sorted(path.name for path in run.iterdir() if path.is_file() and not path.name.startswith("."))
-    pages = [f"{name}.{kind}" for name in NOTEBOOKS for kind in ("html", "ipynb")]
-    assert shown == sorted([*pages, "index.html", "provenance.json"])
-    index = (run / "index.html").read_text()
+    assert shown == sorted([*(f"{name}.ipynb" for name in NOTEBOOKS), "provenance.json"])
+    index = (run / "site" / "index.html").read_text()
     assert all(f'href="{name}.html"' in index for name in NOTEBOOKS)
-    assert "make reproduce" in index and "SEED=3" in index
-    assert "smoke 3" in (run / "06_ablations.html").read_text()
+    told = (run / "site" / "run.html").read_text()
+    assert "make reproduce" in told and "SEED=3" in told
+    assert "smoke 3" in (run / "site" / "06_ablations.html").read_text()
 
     again = checkout.call("reproduce", "SEED=3", PYTHON=sys.executable)
     assert again.returncode == 0 and "cell/s" not in again.stderr

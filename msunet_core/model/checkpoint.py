@@ -27,12 +27,11 @@ from torch import Tensor, nn
 
 from ..errors import StudyError, closest
 from ..files import atomic_path, write_fault
-from .network import VARIANTS, build_msunet
+from .architecture import MAX_BYTES, VARIANTS
+from .network import build_msunet
 
 FORMAT = "msunet-study-1"
 PREVIOUS = ".previous"
-# No MSUNet checkpoint with optimizer state comes near this; a larger claim is an attack or an accident.
-MAX_BYTES = 256 * 2**20
 # All that a published checkpoint names in its pickle. torch's own list is longer: some of it can be told
 # to allocate any amount of memory.
 CLASSES = re.compile(

@@ -13,6 +13,7 @@ import yaml
 
 from ..errors import StudyError, closest
 from ..model.network import VARIANTS
+from ..model.precision import OPT_LEVELS
 from ..model.ternary import WEIGHTS
 from ..training.recipe import StageConfig
 
@@ -55,13 +56,18 @@ class Profile:
     ablation_prune: StageConfig = field(default_factory=StageConfig)
     ablation_width: float = 1.0
     ablation_limit: int | None = None  # images per class and split in ablations; None: as data.limit
+    ablation_opt_level: str = "O3"  # at which ablations are tested and scored
     expect: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise StudyError(f"seed {self.seed} is outside 0 .. {2**63 - 1}; choose another")
-        for name, choices in (("variant", VARIANTS), ("weights", WEIGHTS)):
-            value = getattr(self.network, name)
+        for part, name, choices in (
+            (self.network, "variant", VARIANTS),
+            (self.network, "weights", WEIGHTS),
+            (self, "ablation_opt_level", OPT_LEVELS),
+        ):
+            value = getattr(part, name)
             if value not in choices:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
 
@@ -109,11 +115,7 @@ def load_profile(
         raise StudyError(
             f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
         )
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise StudyError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
-    tree = _mapping(tree, str(path))
+    tree = read_yaml(path)
     variants = _mapping(tree.pop("variants", None), f"{path}: variants")
     for part in ("network", "data"):
         tree[part] = _mapping(tree.get(part), f"{path}: {part}")
@@ -134,12 +136,33 @@ def load_profile(
             raise StudyError(
                 f"override {override!r} has a value that is not YAML; correct {text!r}"
             ) from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
+        tree = _merge(tree, _nested(key, value))
     if data is not None or limit is not None or not _is_own_data(tree):
         tree["expect"] = {}
     return _build(Profile, tree, where="")
+
+
+def overridden(profile: Profile, changes: typing.Mapping[str, object]) -> Profile:
+    """A profile with other values at dotted names, as ``{"ablation.alpha": 0.3}``; checked like a file's."""
+    tree = dataclasses.asdict(profile)
+    for key, value in changes.items():
+        tree = _merge(tree, _nested(str(key), value))
+    return _build(Profile, tree, where="")
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping that a YAML file holds, or a StudyError of one line."""
+    try:
+        tree = yaml.load(Path(path).read_text(), _Loader)
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise StudyError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
+    return _mapping(tree, str(path))
+
+
+def _nested(key: str, value: object) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _is_own_data(tree: dict) -> bool:
