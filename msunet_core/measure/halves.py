@@ -70,7 +70,7 @@ def crossings(model: nn.Module) -> pd.DataFrame:
             numbers = {"weight": weight, "half": half, "z": z, "z_half": z_half, "t": t, "t_half": t_half}
             rows.append(
                 {"layer": name, "index": i, "alpha": layer.alpha}
-                | {column: tensor[i].item() for column, tensor in numbers.items()}
+                | {column: tensor[i].item() + 0.0 for column, tensor in numbers.items()}
             )
     columns = ["layer", "index", "weight", "half", "z", "z_half", "alpha", "t", "t_half"]
     return pd.DataFrame(rows, columns=columns)
