@@ -177,7 +177,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     shown = found.table.drop(columns=["params", "flops", "failed"])
     print(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.6g}"))
     print(f"{out / profile.name}.csv: {len(found.table)} rows of {len(grid.seeds)} seeds")
-    if failed := [f"{row.choice}: {row.value}" for row in found.table.itertuples() if row.failed]:
+    if failed := [f"{row.choice}: {row.value}" for row in found.table.dropna(subset="failed").itertuples()]:
         raise StudyError(
             f"{len(failed)} of {len(found.table)} rows failed ({', '.join(failed)}), the table says why; "
             "the same command tries them again"

@@ -258,9 +258,9 @@ def test_parts_of_the_study_run_what_they_need(checkout):
 
 def test_the_grid_of_ablations_gets_what_it_was_given(checkout):
     assert checkout.make("ablations") == ["-m msunet_core ablations --profile smoke"]
-    (line,) = checkout.make("ablations", "JOBS=2", "DATA=it's.npz", "SET=ablation.epochs=1 ablation.lr=0.3")
+    (line,) = checkout.make("ablations", "JOBS=2", "DATA=it's.npz", "SET=ablation.epochs=1 prune.lr=1")
     assert line == (
-        "-m msunet_core ablations --profile smoke --jobs 2 --data it's.npz --set ablation.epochs=1 ablation.lr=0.3"
+        "-m msunet_core ablations --profile smoke --jobs 2 --data it's.npz --set ablation.epochs=1 prune.lr=1"
     )
     assert "--scheduler tcp://far:8786" in checkout.make("ablations", "SCHEDULER=tcp://far:8786")[0]
 

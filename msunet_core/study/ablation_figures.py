@@ -119,7 +119,8 @@ def plot_front(table: pd.DataFrame, published: bool = True) -> plt.Figure:
 def pareto(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that no other row beats in both, by ascending ``score``; ``mean`` climbs along them."""
     rows = table.sort_values(["score", "mean"], ascending=[True, False])
-    return rows[rows["mean"] > rows["mean"].cummax().shift(fill_value=-np.inf)]
+    best_before = rows["mean"].astype(float).cummax().shift(fill_value=-np.inf)
+    return rows[rows["mean"] > best_before]
 
 
 def plot_factor_curves(curves: pd.DataFrame) -> plt.Figure:

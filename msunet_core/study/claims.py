@@ -96,15 +96,14 @@ def budget_of(results: Results) -> str:
         f"{len(made['seeds'])} seeds a row. The baseline reaches {base['mean']:.1f} % top-1, where the "
         f"published network at full width and 1,050 epochs reached 80.1 %. {made['runs']} runs took "
         f"{hours:.1f} hours on {', '.join(made['processors'])}, {made['hardware']['cores']} cores. "
-        "What is found "
-        "here holds for networks this narrow, trained this briefly; it says nothing of long training, which "
-        "is what regularizers are made for."
+        "What is found here holds for networks this narrow, trained this briefly; it says nothing of long "
+        "training, which is what regularizers are made for."
     )
 
 
 def resolved_rows(table: pd.DataFrame) -> list[str]:
     """A sentence for each row whose difference is resolved, in the order of the grid: no ranking."""
-    found = table[table["resolved"].fillna(False).astype(bool)]
+    found = table[table["resolved"].fillna(False)]
     first = table.groupby("choice", sort=False)["value"].first()
     return [
         f"{row['choice']}: {row['value']} instead of {first[row['choice']]}: {difference(row)}"
