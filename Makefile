@@ -19,6 +19,8 @@ SEED :=
 LIMIT :=
 VARIANT :=
 SET :=
+JOBS :=
+SCHEDULER :=
 CHECKPOINT :=
 OPT_LEVEL :=
 OUT :=
@@ -86,7 +88,8 @@ RECORD := $(RUN_FOLDER)/.parameters
 # Everything that a notebook imports. The site only shows what they left, runner.py only runs them.
 SITE := $(addprefix msunet_core/study/,report.py claims.py pages.py shipped_page.py web.py)
 CODE := $(sort $(filter-out %/__main__.py %/runner.py $(SITE),$(shell find msunet_core -name '*.py' -o -name '*.cpp')))
-PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/study/profiles/$(PROFILE).yaml))
+PROFILE_FILE := $(wildcard $(if $(filter %.yaml %.yml,$(PROFILE)),$(PROFILE),msunet_core/study/profiles/$(PROFILE).yaml)) \
+  $(wildcard msunet_core/study/ablations.yaml)
 # Images given as an .npz, or as folders: a class folder's time changes with the images in it.
 DATA_FILES := $(if $(filter-out synthetic cifar100,$(DATA)),$(wildcard $(DATA) $(DATA)/* $(DATA)/*/*))
 INPUTS := $(CODE) $(PROFILE_FILE) $(DATA_FILES) $(RECORD)
@@ -127,11 +130,10 @@ $(RECORD):
 # nothing, so they take no lock.
 DRY := $(if $(findstring n,$(FLAGS))$(findstring q,$(FLAGS)),yes)
 LOCKED = $(if $(DRY),,$(PY) -m msunet_core.study.runner lock $(RUN_FOLDER) -- )$(MAKE)
-.PHONY: .reproduce .train .prune .ablations
+.PHONY: .reproduce .train .prune
 .reproduce: $(INDEX)
 .train: $(RUN_FOLDER)/02_ternary_training.ipynb
 .prune: $(RUN_FOLDER)/03_fp16_pruning.ipynb
-.ablations: $(RUN_FOLDER)/06_ablations.ipynb
 
 ##@ targets
 
@@ -145,9 +147,10 @@ train: $(ENVIRONMENT) ## only notebook 02: ternary training
 prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precision
 	@$(CHECK)
 	+@$(LOCKED) .$@
-ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
-	@$(CHECK)
-	+@$(LOCKED) .$@
+ablations: $(ENVIRONMENT) ## every row of ablations.yaml, into runs/ablations [JOBS= or SCHEDULER=tcp://... PROFILE= DATA= SET=]
+	@$(PY) -m msunet_core ablations --profile $(call quote,$(PROFILE)) $(if $(JOBS),--jobs $(call quote,$(JOBS))) \
+	  $(if $(SCHEDULER),--scheduler $(call quote,$(SCHEDULER))) $(if $(DATA),--data $(call quote,$(DATA))) \
+	  $(if $(LIMIT),--limit $(call quote,$(LIMIT))) $(if $(DEVICE),--device $(call quote,$(DEVICE))) $(if $(SET),--set $(SET))
 report: $(ENVIRONMENT) ## build the site of RUN again from what is there, running nothing
 	@$(PY) -m msunet_core.study.report $(RUN_FOLDER)
 

@@ -255,8 +255,22 @@ def test_a_failing_notebook_stops_the_run_which_then_goes_on_where_it_stopped(ch
 def test_parts_of_the_study_run_what_they_need(checkout):
     assert checkout.make("prune") == NOTEBOOKS[1:3]
     assert checkout.make("train") == []
-    assert checkout.make("ablations") == ["06_ablations"]
-    assert checkout.make("reproduce") == ["01_data_and_cutmix", *LOOK_AT_PRUNED, "pages"]
+    assert checkout.make("reproduce") == [
+        "01_data_and_cutmix",
+        *LOOK_AT_PRUNED[:2],
+        "06_ablations",
+        *LOOK_AT_PRUNED[2:],
+        "pages",
+    ]
+
+
+def test_the_grid_of_ablations_gets_what_it_was_given(checkout):
+    assert checkout.make("ablations") == ["-m msunet_core ablations --profile smoke"]
+    (line,) = checkout.make("ablations", "JOBS=2", "DATA=it's.npz", "SET=ablation.epochs=1 prune.lr=1")
+    assert line == (
+        "-m msunet_core ablations --profile smoke --jobs 2 --data it's.npz --set ablation.epochs=1 prune.lr=1"
+    )
+    assert "--scheduler tcp://far:8786" in checkout.make("ablations", "SCHEDULER=tcp://far:8786")[0]
 
 
 def test_notebooks_get_their_parameters_and_stages_the_inputs_they_depend_on(checkout):

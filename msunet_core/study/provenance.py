@@ -99,10 +99,14 @@ def hardware() -> dict[str, object]:
     with contextlib.suppress(OSError):
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = _output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    return {"cpu": cpu, "cores": cores, "memory_gib": round(memory, 1), "gpu": gpu or None}
+    return {"cpu": cpu, "cores": usable_cores(), "memory_gib": round(memory, 1), "gpu": gpu or None}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def git_state() -> dict[str, object] | None:
