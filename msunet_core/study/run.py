@@ -29,6 +29,14 @@ def runs_folder() -> Path:
     return Path(os.environ.get("MSUNET_RUNS") or ROOT / "runs").absolute()
 
 
+def check_run_name(run: str) -> None:
+    """Refuse a RUN that is not the plain name of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run):
+        raise StudyError(
+            f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
+        )
+
+
 def new_network(profile: Profile, num_classes: int = 100, **changes) -> nn.Module:
     """The profile's network with the fresh weights of its seed; ``changes`` go to build_msunet."""
     network = profile.network
@@ -59,10 +67,7 @@ class Study:
     def __init__(
         self, profile, data=None, run="lab", device=None, seed=None, limit=None, variant=None, overrides=""
     ):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(run)):
-            raise StudyError(
-                f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
-            )
+        check_run_name(str(run))
         self.profile = load_profile(
             profile, variant=variant, data=data, limit=limit, seed=seed, device=device, overrides=overrides
         )
