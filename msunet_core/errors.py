@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 LONGEST = 300  # characters of a message; what is longer loses its middle
@@ -32,6 +33,13 @@ def one_line(message: object) -> str:
 def reason(error: BaseException) -> str:
     """Why something failed, to be put into a message: the first line of an exception, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(value: object) -> str:
+    """``repr`` of a value that somebody gave, short however large or deep it is."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"a whole number of {value.bit_length()} bits"
+    return reprlib.repr(value)
 
 
 def closest(value: object, choices: Iterable[str]) -> str:

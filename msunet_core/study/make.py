@@ -4,8 +4,8 @@
 
 Each variable comes as STUDY_<name> in the environment, as it was typed; no shell and no rule of make's sees
 it. A notebook is out of date when what it depends on says something else than when it was made: its cells,
-the code, the profile, the parameters, the data, an earlier notebook. A time or a comment changes nothing. Stages
-look after themselves: a notebook that is run again finds its finished training and goes on from there.
+the code, the profile, the parameters, the data, an earlier notebook. A time or a comment changes nothing.
+Stages look after themselves: a notebook that is run again finds its finished training and goes on from there.
 """
 
 from __future__ import annotations
