@@ -15,7 +15,7 @@ from torch import nn
 from ..data.images import ImageData
 from ..data.sources import load_data
 from ..errors import StudyError
-from ..files import ROOT, atomic_path, atomic_write, write_fault
+from ..files import ROOT, atomic_path, atomic_write, read_text, write_fault
 from ..measure import unpack as packed
 from ..measure.unpack import load_network, shipped
 from ..model.checkpoint import load_checkpoint
@@ -139,8 +139,8 @@ class Study:
         """Put measured numbers into ``metrics.json`` under a section, replacing what it held."""
         path = self.folder / "metrics.json"
         try:
-            metrics = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
+            metrics = json.loads(read_text(path)) if path.exists() else {}
+        except (ValueError, RecursionError) as error:
             raise StudyError(f"{path} is not JSON; remove it and run the notebooks again") from error
         metrics[section] = numbers
         atomic_write(path, json.dumps(dict(sorted(metrics.items())), indent=1) + "\n")
