@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 64  # SPEC section 6
+BATCH = 64  # specification §6
 EVAL_BATCH = 250
 HALF_IMAGES = 10  # true half kernels on a CPU are so slow that a few images have to do
 

@@ -2,7 +2,7 @@
 
 NCHW memory, Swish as ``x * sigmoid(x)``, one convolution for each group of a mixed convolution, images
 transformed one by one in worker processes, three CutMix passes with Python between, weights ternarized layer
-by layer, and SGD without fused kernels. The mathematics is the study's (SPEC sections 2 to 6).
+by layer, and SGD without fused kernels. The mathematics is the study's (specification §2 to §6).
 """
 
 from __future__ import annotations

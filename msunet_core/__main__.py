@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .data.sources import load_data, save_npz
+from .data.sources import hold_out, load_data, save_npz
 from .errors import StudyError, one_line
 from .files import read_text
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.scoring import score
 from .measure.unpack import load_network, shipped, unpack
-from .model.checkpoint import load_checkpoint
+from .model.checkpoint import load_checkpoint, read_momentum
 from .model.precision import OPT_LEVELS
 from .study.profile import Profile, load_profile, profile_names
+from .study.provenance import recorded_stage
 from .study.run import new_network
 from .training.distributed import first_to_fail, rank
 from .training.stages import CHECKPOINT, prune, resolve_device, train
@@ -51,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", parents=[choice], help="load, check and describe a data set")
     data.add_argument("--out", type=Path, help="write the images to this .npz")
+    data.add_argument(
+        "--hold-out",
+        type=int,
+        metavar="N",
+        help="test on N training images of each class, and train on the others: for choosing a recipe",
+    )
     data.set_defaults(run=run_data)
 
     training = commands.add_parser("train", parents=[choice], help="train; goes on where it was stopped")
@@ -125,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_data(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
     data = _data(profile)
+    if arguments.hold_out is not None:
+        data = hold_out(data, arguments.hold_out)
     print(f"{profile.data.source}: {len(data.train_images)} training and {len(data.test_images)} test images")
     more = ", ..." if data.num_classes > 8 else ""
     print(f"{data.num_classes} classes: {', '.join(data.class_names[:8])}{more}")
@@ -138,14 +148,21 @@ def run_train(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
     data = _data(profile)
     model = new_network(profile, data.num_classes)
-    _tell(train(model, data, profile.train, arguments.out, seed=profile.seed, device=profile.device))
+    with _recorded(arguments.out, profile):
+        _tell(train(model, data, profile.train, arguments.out, seed=profile.seed, device=profile.device))
 
 
 def run_prune(arguments: argparse.Namespace) -> None:
     profile = _profile(arguments)
-    model, _ = load_checkpoint(_file(arguments.checkpoint), profile.network.variant)
-    data = _data(profile)
-    _tell(prune(model, data, profile.prune, arguments.out, seed=profile.seed, device=profile.device))
+    start = _file(arguments.checkpoint)
+    model, _ = load_checkpoint(start, profile.network.variant)
+    options = dict(seed=profile.seed, device=profile.device, momentum=read_momentum(start))
+    with _recorded(arguments.out, profile):
+        _tell(prune(model, _data(profile), profile.prune, arguments.out, **options))
+
+
+def _recorded(folder: Path, profile: Profile) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if rank() else recorded_stage(folder, profile.name, profile.seed)
 
 
 def run_validate(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -193,3 +194,14 @@ def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
     )
     expected = f"error: checkpoint '{tmp_path / 'missing'}' is not a file; check the path\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_stage_says_how_it_was_made_and_in_how_many_sittings(npz, tmp_path):
+    command = ["train", "--data", str(npz), "--out", str(tmp_path / "train")]
+    changes = ["train.epochs=1", "train.batch_size=8", "network.width=0.0625", "train.schedule=step"]
+    assert main([*command, "--set", *changes]) == 0
+    assert main([*command, "--set", "train.epochs=2", *changes[1:]]) == 0
+    made = json.loads((tmp_path / "train" / "provenance.json").read_text())
+    assert (made["profile"], made["seed"], len(made["sittings"])) == ("smoke", 0, 2)
+    assert made["wall_seconds"] == pytest.approx(sum(s["wall_seconds"] for s in made["sittings"]), abs=0.02)
+    assert made["hardware"]["cores"] >= 1 and made["packages"]["torch"]

@@ -1,4 +1,4 @@
-"""CutMix boxes, mixed labels and the consistency regularizer, against the sums of SPEC section 5."""
+"""CutMix boxes, mixed labels and the consistency regularizer, against the sums of specification §5."""
 
 from __future__ import annotations
 

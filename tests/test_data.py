@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR100
 
 from msunet_core.data import sources as room
 from msunet_core.data.images import ARRAYS, MEAN, STD, ImageData, normalise
-from msunet_core.data.sources import load_data, save_npz
+from msunet_core.data.sources import hold_out, load_data, save_npz
 from msunet_core.errors import StudyError
 
 NAMES = ("apple", "bear", "cup")
@@ -452,3 +452,21 @@ def test_the_published_normalisation_roughly_standardises_the_real_images():
     # std by up to 0.07 (a third of it); 2,000 images leave 0.02 of noise.
     assert images.mean((0, 2, 3)).abs().max() < 0.3
     assert (images.std((0, 2, 3)) - 1).abs().max() < 0.5
+
+
+def test_held_out_images_are_the_last_of_each_class_and_no_longer_trained_on():
+    whole = load_data("synthetic", limit=5)
+    held = hold_out(whole, 2)
+    assert held.test_labels.bincount().tolist() == [2] * 100
+    assert held.train_labels.bincount().tolist() == [3] * 100
+    for label in (0, 57, 99):
+        own = whole.train_images[whole.train_labels == label]
+        assert torch.equal(held.train_images[held.train_labels == label], own[:3])
+        found = held.test_images[held.test_labels == label]
+        assert {image.numpy().tobytes() for image in found} == {image.numpy().tobytes() for image in own[3:]}
+
+
+@pytest.mark.parametrize("count", [0, 5, -1])
+def test_a_hold_out_that_leaves_a_class_empty_is_refused(count):
+    with pytest.raises(StudyError, match=rf"hold-out {count} of each class is outside 1 .. 4"):
+        hold_out(load_data("synthetic", limit=5), count)

@@ -45,7 +45,7 @@ def test_the_pinned_version_is_the_one_installed(line):
 
 
 def test_apex_is_never_installed():
-    """The name `apex` on the package index belongs to an unrelated project (SPEC section 8)."""
+    """The name `apex` on the package index belongs to an unrelated project (specification §8)."""
     named = [re.split(r"[=<>~\[ ]", line)[0] for line in (*REQUIREMENTS, *PROJECT["dependencies"])]
     assert "apex" not in named
     for path in (ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "environment.yml"):

@@ -19,7 +19,7 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-# Weights of the published v3 checkpoint, typed from SPEC section 2.
+# Weights of the published v3 checkpoint, typed from specification §2.
 CONVS = words("""
     conv_stem
     blocks.0.0.conv_dw  blocks.0.0.conv_pw
@@ -80,7 +80,7 @@ def test_dense_parameter_count(variant, count):
     assert sum(parameter.numel() for parameter in build_msunet(variant).parameters()) == count
 
 
-# Kernel shapes, by hand from the table of SPEC section 2.
+# Kernel shapes, by hand from the table of specification §2.
 @pytest.mark.parametrize(
     ("variant", "name", "shape"),
     [
@@ -244,7 +244,7 @@ def test_config_says_how_the_network_was_built():
 
 # --- against timm ----------------------------------------------------------------------------------
 
-# SPEC section 2 in timm's words: k kernels, s stride, e expansion, c channels, se ratio of the
+# specification §2 in timm's words: k kernels, s stride, e expansion, c channels, se ratio of the
 # block's input, a1.1 / p1.1 a 1x1 split in two, nre / nsw ReLU / Swish.
 TIMM_BLOCKS = {
     "v3": [

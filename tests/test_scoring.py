@@ -1,4 +1,4 @@
-"""The score: SPEC section 9 by hand, the published counts, and the network that is its unit."""
+"""The score: specification §9 by hand, the published counts, and the network that is its unit."""
 
 from __future__ import annotations
 

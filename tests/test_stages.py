@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -32,7 +33,8 @@ from msunet_core import (
 from msunet_core.data.augment import EpochPlan
 from msunet_core.fast import library
 from msunet_core.measure.evaluation import accuracy, class_scores
-from msunet_core.model.checkpoint import read_checkpoint, save_checkpoint
+from msunet_core.model.checkpoint import read_checkpoint, read_momentum, save_checkpoint
+from msunet_core.model.ternary import ternary_layers
 from msunet_core.training.stages import CHECKPOINT
 
 STAGES = {
@@ -659,3 +661,39 @@ def test_deterministic_mode_resumes_bit_for_bit_on_a_gpu(images, new_network, re
         train(new_network(), images, config, tmp_path / "stopped", device="cuda", progress=stop_at(5, Killed))
     train(new_network(), images, config, tmp_path / "stopped", device="cuda", progress=False)
     assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_pruning_goes_on_with_the_momentum_of_training(images, new_network, recipe, tmp_path):
+    trained = train(new_network(), images, recipe(), tmp_path / "train", progress=False)
+    momentum = read_momentum(trained.checkpoint)
+    assert any(tensor.abs().sum() > 0 for tensor in momentum.values())
+    # At rate 0 no weight moves; the momentum decays and takes in gradients, from what it began with.
+    config = recipe(pruner="V2", freeze_ternary=True, lr=0.0, warmup_epochs=0, epochs=1)
+    found = {}
+    for name, given in (("with", momentum), ("without", None)):
+        start = copy.deepcopy(trained.model)
+        result = prune(start, images, config, tmp_path / name, momentum=given, progress=False)
+        found[name] = read_momentum(result.checkpoint)
+    ternary = {f"{name}.weight" for name in ternary_layers(trained.model)}
+    assert found["with"].keys() == momentum.keys() - ternary  # frozen ones have none
+    for name, tensor in found["with"].items():
+        # Three steps of momentum 0.9 on the same gradients: what it began with is left by 0.9^3.
+        left = 0.9**3 * momentum[name]
+        torch.testing.assert_close(tensor, found["without"][name] + left, rtol=1e-4, atol=1e-6)
+    with pytest.raises(StudyError, match="it began with other momentum"):
+        prune(copy.deepcopy(trained.model), images, config, tmp_path / "with", progress=False)
+
+
+def test_each_epoch_leaves_a_row_for_each_ternary_layer(images, new_network, recipe, tmp_path):
+    model = new_network()
+    before = {name: layer.weight.std().item() for name, layer in ternary_layers(model).items()}
+    result = train(model, images, recipe(), tmp_path, progress=False)
+    table = pd.read_csv(tmp_path / "layers.csv")
+    assert table["epochs"].tolist() == [epoch for epoch in range(4) for _ in before]
+    first = table[table["epochs"] == 0].set_index("layer")["spread"]
+    assert first.to_dict() == pytest.approx(before, rel=1e-6)
+    last = table[table["epochs"] == 3].set_index("layer")
+    for name, layer in ternary_layers(result.model).items():
+        signs = layer.signs()
+        assert last.loc[name, "zeros"] == (signs == 0).double().mean().item()
+        assert last.loc[name, "empty_channels"] == (signs.abs().sum((1, 2, 3)) == 0).double().mean().item()

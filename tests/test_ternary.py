@@ -1,4 +1,4 @@
-"""Ternary weights: SPEC section 3 by the letter, its gradient, its schedule and its corners."""
+"""Ternary weights: specification §3 by the letter, its gradient, its schedule and its corners."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from msunet_core.training.schedules import alpha_schedule
 
 
 def slow_signs(weight: Tensor, alpha: float) -> list[int]:
-    """SPEC section 3, one weight at a time, in Python's own FP64."""
+    """specification §3, one weight at a time, in Python's own FP64."""
     values = weight.flatten().tolist()
     mean, std = statistics.fmean(values), statistics.stdev(values)
     signs = []

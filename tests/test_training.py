@@ -1,4 +1,4 @@
-"""One training step: rates, weight decay, ternary weights, masks, loss scale (SPEC sections 5 to 8)."""
+"""One training step: rates, weight decay, ternary weights, masks, loss scale (specification §5 to §8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training augmentation as batch arithmetic, every random choice of an epoch drawn beforehand (SPEC 4 and 5).
+"""Training augmentation as batch arithmetic, an epoch's choices drawn beforehand (specification §4 and §5).
 
 The per-image pipeline of torchvision, RandomCrop(32, padding=4), RandomHorizontalFlip, ColorJitter(0.4, 0.4,
 0.4), ToTensor, Normalize, RandomErasing(0.4), spends its time in Python. Here the choices of a whole epoch
@@ -20,10 +20,10 @@ from torch import Tensor
 from ..errors import StudyError
 from .images import IMAGE_SIZE, standardise
 
-PADDING = 4  # pixels of value 0 on each side before the crop, SPEC section 4
-JITTER = 0.4  # brightness, contrast and saturation factors lie in [1 - JITTER, 1 + JITTER], SPEC section 4
-CUTMIX_PROBABILITY = 0.5  # per batch, SPEC section 5
-ERASE_PROBABILITY = 0.4  # per image, SPEC section 4
+PADDING = 4  # pixels of value 0 on each side before the crop, specification §4
+JITTER = 0.4  # brightness, contrast and saturation factors lie in [1 - JITTER, 1 + JITTER], specification §4
+CUTMIX_PROBABILITY = 0.5  # per batch, specification §5
+ERASE_PROBABILITY = 0.4  # per image, specification §4
 ERASE_AREA = (0.02, 1 / 3)  # share of the image
 ERASE_RATIO = (0.3, 1 / 0.3)  # height to width, uniform in its logarithm
 ERASE_TRIES = 10  # until both sides are shorter than the image's
@@ -209,7 +209,7 @@ def draw_epoch_plan(
 
 
 def draw_boxes(count: int, image_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """CutMix boxes int64 (count, 4) and the lambda float32 (count,) of their real areas (SPEC section 5).
+    """CutMix boxes int64 (count, 4) and the lambda float32 (count,) of their real areas (specification §5).
 
     Lambda ~ Beta(1, 1), which is the uniform distribution; side sqrt(1 - lambda) x image_size, rounded
     down to whole pixels, half of it (rounded down again) on each side of a uniform pixel; then clipped to
@@ -229,7 +229,7 @@ def draw_erasing(
     """Rectangles of random erasing, int64 (*shape, 4), all 0 where nothing is erased (arXiv:1708.04896).
 
     Area and aspect ratio as ``ERASE_AREA`` and ``ERASE_RATIO`` say, rounded to whole sides, drawn anew where
-    a side is not shorter than the image's, then placed uniformly (SPEC section 4).
+    a side is not shorter than the image's, then placed uniformly (specification §4).
     """
     is_erased = torch.rand(shape, generator=generator) < probability
     area, ratio = torch.rand(2, ERASE_TRIES, *shape, generator=generator, dtype=torch.float64)

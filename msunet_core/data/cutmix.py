@@ -1,4 +1,4 @@
-"""CutMix (arXiv:1905.04899) and the self-supervised consistency regularizer (SPEC section 5)."""
+"""CutMix (arXiv:1905.04899) and the self-supervised consistency regularizer (specification §5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images: uint8 tensors from the embedded set, CIFAR-100, an .npz or a folder of PNGs (SPEC section 4).
+"""The images: uint8 tensors from the embedded set, CIFAR-100, an .npz or a folder of PNGs (specification §4).
 
 Whatever the source, the result is the same five arrays, checked at the door: what does not fit is refused by
 a :class:`StudyError` of one line. Files may come from strangers: nothing is unpickled, and no array is
@@ -27,7 +27,7 @@ from .images import ARRAYS, IMAGE_SIZE, ImageData
 from .synthetic import make_synthetic
 
 SOURCES = ("synthetic", "cifar100")
-CIFAR100_PER_CLASS = (500, 100)  # 50,000 and 10,000 images, SPEC section 4
+CIFAR100_PER_CLASS = (500, 100)  # 50,000 and 10,000 images, specification §4
 MAX_ARRAY_BYTES = 2**32  # 1.4 million images; a file that claims more is damaged or hostile
 MAX_SHRINKING = 100  # images shrink less; arrays of a megabyte or two may be as empty as they like
 MAX_MEMBERS = 1000  # of an .npz, which needs 5
@@ -78,6 +78,34 @@ def load_data(
             arrays[f"{split}_labels"] = arrays[f"{split}_labels"][keep]
     tensors = {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in ARRAYS[:4]}
     return ImageData(**tensors, class_names=tuple(arrays["class_names"].tolist()), source=name)
+
+
+def hold_out(data: ImageData, per_class: int) -> ImageData:
+    """The training half alone: to test on the last ``per_class`` of each class, to train on the others.
+
+    A recipe is chosen on these; the test images choose nothing.
+
+    Raises
+    ------
+    StudyError : a class would have no image left to train on, or none to test on
+    """
+    labels = data.train_labels.numpy()
+    fewest = np.bincount(labels, minlength=data.num_classes).min()
+    if not 1 <= per_class < fewest:
+        raise StudyError(
+            f"hold-out {per_class} of each class is outside 1 .. {fewest - 1}, with {fewest} training images "
+            "in the smallest class; choose another number"
+        )
+    held = torch.from_numpy(len(labels) - 1 - _first_of_each_class(labels[::-1], per_class))
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[held] = False
+    images = [
+        data.train_images[kept],
+        data.train_labels[kept],
+        data.train_images[held],
+        data.train_labels[held],
+    ]
+    return ImageData(*images, class_names=data.class_names, source=f"{data.source}, {per_class} held out")
 
 
 def save_npz(data: ImageData, path: str | os.PathLike) -> None:

@@ -4,7 +4,7 @@ A class is one of 2 shapes in one of 5 fills and 10 hues: "red-striped-star". Po
 background and clutter vary from picture to picture, and scraps in all hues lie about. Measured with the
 default sizes and batches of 64: the ternary network of width 0.125 has a top-1 of 46 % after 400 steps and is
 still learning, a linear classifier of the pixels 25 % after 1,500. Mirroring changes no class and brightness
-is no cue, because training flips its images and jitters their light (SPEC section 4).
+is no cue, because training flips its images and jitters their light (specification §4).
 
 The pictures are the same bytes on every machine: PCG64 streams, and only additions, multiplications,
 divisions, square roots, minima and maxima, all of which IEEE 754 rounds in one way. Rotations therefore come

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.images import normalise
 from ..errors import StudyError
 from ..fast.accelerate import accelerated
-from ..model.precision import apply_opt_level
+from ..model.precision import apply_opt_level, without_tf32
 
 BATCH_SIZE = 250  # images at once: 10,000 test images in whole batches, and small enough for a core's cache
 
@@ -38,7 +38,7 @@ def class_scores(
     was_training = model.training
     model.eval()
     try:
-        with accelerated(model):
+        with accelerated(model), without_tf32():
             batches = torch.as_tensor(images).split(batch_size)
             parts = [model(normalise(batch.to(device))).float() for batch in batches]
     finally:

@@ -35,7 +35,7 @@ each stream. N is the number of weights, which are in the order of (out, in, row
                 merged, after S or D: half: C shifts; x + shift
                 else: half: weight, bias, running mean, running variance, C values each
 
-That is what the score counts (SPEC section 9; T, B, S and D are its own kinds of layers), but for two
+That is what the score counts (specification §9; T, B, S and D are its own kinds of layers), but for two
 things: the scale of a batch norm behind a ternary layer, C numbers that the score merges into the one of the
 layer, and the bias of the classifier. :func:`account` puts the difference down byte by byte.
 

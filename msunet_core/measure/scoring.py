@@ -1,4 +1,4 @@
-"""The MicroNet score: storage and arithmetic of one image, counted layer by layer (SPEC section 9).
+"""The MicroNet score: storage and arithmetic of one image, counted layer by layer (specification §9).
 
     score = params / 36.5e6 + FLOPs / 10.49e9          FLOPs = multiplications + additions
 
@@ -283,7 +283,7 @@ def _divisor(*tensors: Tensor) -> int:
 
 @torch.no_grad()
 def score(model: nn.Module, opt_level: str = "O0", input_size: tuple[int, int, int] = (3, 32, 32)) -> Score:
-    """Count what storing ``model`` and running one image through it costs (SPEC section 9).
+    """Count what storing ``model`` and running one image through it costs (specification §9).
 
     The counting runs on a deep copy in eval mode: the model, its mode and its hooks stay as they are.
 
@@ -338,7 +338,7 @@ def ternary_sparsity_at(result: Score, flops: float) -> float:
 
 
 def published_table() -> pd.DataFrame:
-    """The published results (the project's description; SPEC section 1), indexed by model.
+    """The published results (the project's description; specification §1), indexed by model.
 
     Columns: ``variant``, ``top1`` (percent of the CIFAR-100 test images), ``flops``, ``params``
     (counts), ``score``, ``weights``, ``sparse``, ``opt_level`` (at test).

@@ -71,9 +71,14 @@ def load_network(path: str | Path, variant: str = "v3") -> tuple[nn.Module, dict
     return found.model, {**found.info, "dtype": "float16"}
 
 
+def is_shipped() -> bool:
+    """Whether the repository's network is there."""
+    return SHIPPED.is_file()
+
+
 def shipped() -> Path:
     """The packed file of the network that this repository ships."""
-    if not SHIPPED.is_file():
+    if not is_shipped():
         raise StudyError(
             f"{SHIPPED} is not there, and no checkpoint was given; give one, or check out that file"
         )

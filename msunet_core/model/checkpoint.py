@@ -185,7 +185,7 @@ def load_checkpoint(
     Parameters
     ----------
     path : file; a published one is read by torch.load with ``weights_only=True`` and
-        ``argparse.Namespace`` as the only further class (SPEC section 10), so nothing in it can run
+        ``argparse.Namespace`` as the only further class (specification §10), so nothing in it can run
     variant : "v1", "v2" or "v3", the network the file must hold
     weights : "ternary", "binary" or "float"; None: what the file says, else "ternary"
 
@@ -221,6 +221,21 @@ def load_checkpoint(
         raise StudyError(f"{path} is refused: {reason(error)}; use another copy") from error
     info["dtype"] = str(state["conv_stem.weight"].dtype).removeprefix("torch.")
     return model.eval(), info
+
+
+def read_momentum(path: str | Path) -> dict[str, Tensor]:
+    """Momentum of SGD by parameter name, FP32, of a checkpoint of the study's own; empty of another file.
+
+    Published checkpoints hold an optimizer's state by number, not by name, so theirs is not taken.
+    """
+    path = Path(path)
+    _refuse_missing(path)
+    if not _is_safetensors(path):
+        return {}
+    tensors, _ = read_checkpoint(path)
+    momentum = {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
+    refuse_odd_tensors(path, momentum)
+    return momentum
 
 
 def _refuse_missing(path: Path) -> None:
@@ -365,6 +380,8 @@ def refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
             raise StudyError(f"{path} has {name} as {kind}, not as {names}; use another checkpoint")
         if not tensor.isfinite().all():
             raise StudyError(f"{path} has NaN or Inf in {name}; use another checkpoint")
+        if name.endswith(("running_var", "num_batches_tracked")) and (tensor < 0).any():
+            raise StudyError(f"{path} has negative numbers in {name}; use another checkpoint")
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:

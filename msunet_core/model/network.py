@@ -1,4 +1,4 @@
-"""The MSUNet family in one file, top to bottom as SPEC section 2 tells it.
+"""The MSUNet family in one file, top to bottom as specification §2 tells it.
 
 Parameter and buffer names are those of the published checkpoints: they are a promise.
 """
@@ -180,7 +180,7 @@ def build_msunet(
     num_classes: int = 100,
     width: float = 1.0,
 ) -> nn.Module:
-    """Build an MSUNet with fresh weights from torch's global random state (SPEC section 2).
+    """Build an MSUNet with fresh weights from torch's global random state (specification §2).
 
     Parameters
     ----------

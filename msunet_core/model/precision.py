@@ -1,4 +1,4 @@
-"""The opt levels O0 to O3 of apex.amp, on plain PyTorch (SPEC section 8).
+"""The opt levels O0 to O3 of apex.amp, on plain PyTorch (specification §8).
 
 NVIDIA removed ``amp`` from apex in May 2025, so the study carries its own. On a GPU half tensors
 run in half kernels. On a CPU those kernels are 10 to 40 times slower than FP32, so there the
@@ -9,8 +9,9 @@ also what the tensor cores of a GPU do.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,17 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 _WIDENED = {torch.conv2d, F.conv2d, F.linear, torch._C._nn.linear, F.batch_norm, torch.batch_norm}
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside this context a GPU multiplies FP32 numbers as such, not rounded to TF32 (specification §6)."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class WidenHalf(TorchFunctionMode):
@@ -115,7 +127,7 @@ def apply_opt_level(model: nn.Module, level: str = "O0", *, backend: str = "nati
     Parameters
     ----------
     model : FP32 module whose forward takes one tensor (B, C, H, W)
-    level : "O0", "O1", "O2" or "O3" (SPEC section 8)
+    level : "O0", "O1", "O2" or "O3" (specification §8)
     backend : "native", or "apex" for a legacy NVIDIA apex that still has ``apex.amp`` (CUDA only)
 
     Raises

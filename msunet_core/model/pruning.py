@@ -1,4 +1,4 @@
-"""Magnitude pruning of squeeze-excitation, depthwise and classifier weights (SPEC section 7).
+"""Magnitude pruning of squeeze-excitation, depthwise and classifier weights (specification §7).
 
 The sparsity climbs along the cubic schedule of arXiv:1710.01878; masks are chosen anew at the
 start of each epoch and a pruned weight stays exactly 0.

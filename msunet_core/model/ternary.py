@@ -1,4 +1,4 @@
-"""Ternary 1x1 convolutions (after arXiv:1802.08530; SPEC section 3).
+"""Ternary 1x1 convolutions (after arXiv:1802.08530; specification §3).
 
 A weight tensor W is replaced by K = sqrt(M) * T with T in {-1, 0, +1}. The float W is kept and
 trained: it gets the gradient of K unchanged, straight through.
@@ -151,6 +151,6 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
 
 
 def freeze_ternary(model: nn.Module) -> None:
-    """Stop the gradients of all ternary weights (pruning stage, SPEC section 6)."""
+    """Stop the gradients of all ternary weights (pruning stage, specification §6)."""
     for layer in ternary_layers(model).values():
         layer.weight.requires_grad_(False)

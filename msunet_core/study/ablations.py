@@ -83,7 +83,9 @@ def run_ablations(study: Study, rows: Iterable[Row] = ROWS) -> pd.DataFrame:
                 config = dataclasses.replace(profile.ablation_prune, pruner=row.pruner)
                 folder = study.folder / "ablations" / ended
                 start = copy.deepcopy(networks[trained])
-                networks[ended] = prune(start, data, config, folder, **study.options).model
+                momentum = study.momentum(f"ablations/{trained}")
+                found = prune(start, data, config, folder, momentum=momentum, **study.options)
+                networks[ended] = found.model
         model = networks[ended]
         found = evaluate(model, data.test_images, data.test_labels, row.opt_level)
         cost = score(model, row.opt_level)

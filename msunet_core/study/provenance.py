@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import StudyError
@@ -35,33 +35,52 @@ def record(output: Path, began: int, values: Mapping[str, object], peak_memory: 
     path = output.parent / "provenance.json"
     try:
         notebooks = json.loads(read_text(path))["notebooks"]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # the first notebook of a run, or a file of no use
+    # The first notebook of a run, or a file of no use.
+    except (ValueError, KeyError, TypeError, RecursionError):
         notebooks = {}
-    git = git_state()
+    notebooks[output.stem] = {**_sitting(began), "peak_memory_mb": peak_memory and round(peak_memory / 2**20)}
+    parts = {"notebooks": dict(sorted(notebooks.items()))}
+    about = {"profile": values.get("PROFILE"), "seed": seed_of(values), "parameters": dict(values)}
+    _write(path, about, parts)
+
+
+@contextlib.contextmanager
+def recorded_stage(folder: Path, profile: str, seed: int) -> Iterator[None]:
+    """Inside this context a sitting of the stage in ``folder`` runs; provenance.json there tells of it."""
+    path = folder / "provenance.json"
+    began = time.time_ns()
+    try:
+        yield
+    finally:
+        if folder.is_dir():
+            try:
+                sittings = json.loads(path.read_text())["sittings"]
+            except (OSError, ValueError, KeyError):
+                sittings = []
+            parts = {"sittings": [*sittings, _sitting(began)]}
+            _write(path, {"profile": profile, "seed": seed}, parts)
+
+
+def _sitting(began: int) -> dict[str, object]:
+    """When it began (nanoseconds since 1970), how long it took until now, and from which commit."""
     started = datetime.datetime.fromtimestamp(began / 1e9).astimezone().isoformat(timespec="seconds")
-    notebooks[output.stem] = {
-        "started": started,
-        "wall_seconds": round((time.time_ns() - began) / 1e9, 2),
-        "peak_memory_mb": peak_memory and round(peak_memory / 2**20),
-        "git": git,
-    }
+    seconds = round((time.time_ns() - began) / 1e9, 2)
+    return {"started": started, "wall_seconds": seconds, "git": git_state()}
+
+
+def _write(path: Path, about: dict, parts: dict) -> None:
+    (entries,) = parts.values()
+    entries = list(entries.values()) if isinstance(entries, dict) else entries
     provenance = {
         "command": os.environ.get("MSUNET_COMMAND") or " ".join([Path(sys.executable).name, *sys.argv]),
-        "profile": values.get("PROFILE"),
-        "seed": seed_of(values),
-        "parameters": dict(values),
-        "started": min(entry["started"] for entry in notebooks.values()),
-        "wall_seconds": round(sum(entry["wall_seconds"] for entry in notebooks.values()), 2),
+        **about,
+        "started": min(entry["started"] for entry in entries),
+        "wall_seconds": round(sum(entry["wall_seconds"] for entry in entries), 2),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "hardware": hardware(),
-        "git": git,
-        "notebooks": dict(sorted(notebooks.items())),
+        "git": git_state(),
+        **parts,
     }
     atomic_write(path, json.dumps(provenance, indent=1) + "\n")
 

@@ -10,17 +10,17 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.images import ImageData
 from ..data.sources import load_data
 from ..errors import StudyError
 from ..files import ROOT, atomic_path, atomic_write, read_text, write_fault
-from ..measure import unpack as packed
-from ..measure.unpack import load_network, shipped
-from ..model.checkpoint import load_checkpoint
+from ..measure.unpack import is_shipped, load_network, shipped
+from ..model.checkpoint import load_checkpoint, read_momentum
 from ..model.network import build_msunet
-from ..training.stages import CHECKPOINT, Progress
+from ..training.records import Progress
+from ..training.stages import CHECKPOINT
 from .profile import Profile, load_profile
 
 
@@ -95,8 +95,12 @@ class Study:
 
     @property
     def options(self) -> dict:
-        """Keyword arguments of train and prune: seed, device and a progress line that pages can show."""
-        return {"seed": self.profile.seed, "device": self.profile.device, "progress": live_line()}
+        """Keyword arguments of train and prune: seed, device and a progress line that pages can show.
+
+        A stage folder of another run is renamed, never removed.
+        """
+        profile = self.profile
+        return {"seed": profile.seed, "device": profile.device, "progress": live_line(), "aside": True}
 
     def network(self, **changes) -> nn.Module:
         """A network with the fresh weights of the profile's seed."""
@@ -110,6 +114,10 @@ class Study:
             raise StudyError(f"{path} does not exist; run notebook {notebook} with this RUN first")
         return load_checkpoint(path, self.profile.network.variant)[0]
 
+    def momentum(self, stage: str) -> dict[str, Tensor]:
+        """The momentum that a stage of this run ended with, for the stage after it."""
+        return read_momentum(self.folder / stage / CHECKPOINT)
+
     def trained(self) -> tuple[str, nn.Module]:
         """The trained network that pages look at, after what it is called.
 
@@ -118,7 +126,7 @@ class Study:
         """
         own = (self.folder / "prune" / CHECKPOINT).exists()
         whole = self.profile.network.width == 1.0 and self.profile.data.limit is None
-        if self.fits_shipped and not (own and (whole or not packed.SHIPPED.exists())):
+        if self.fits_shipped and not (own and (whole or not is_shipped())):
             return "the shipped network", load_network(shipped(), self.profile.network.variant)[0]
         return "the network of this run", self.checkpoint("prune")
 

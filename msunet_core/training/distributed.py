@@ -58,7 +58,7 @@ class Processes:
     def share(self, batch_size: int) -> Tensor:
         """Rows int64 (n,) of this process in a batch: its part of each third.
 
-        So the three passes of CutMix with consistency (SPEC section 5), which exchange thirds within a
+        So the three passes of CutMix with consistency (specification §5), which exchange thirds within a
         process, are together exactly those of the whole batch: cutting the share in three falls on the
         same borders. Shares of two processes differ by three images at most.
         """

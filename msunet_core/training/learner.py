@@ -1,4 +1,4 @@
-"""One training step and all that it changes (SPEC sections 5 to 8)."""
+"""One training step and all that it changes (specification §5 to §8)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Learner:
     config : the stage; O3 is refused, it has no master weights to train
     processes : this one among those that train together
 
-    Nesterov SGD; weight decay only on tensors of two or more dimensions (SPEC section 6).
+    Nesterov SGD; weight decay only on tensors of two or more dimensions (specification §6).
     """
 
     def __init__(self, model: nn.Module, config: StageConfig, processes: Processes | None = None):
@@ -118,6 +118,17 @@ class Learner:
         prunable = {**self.masters.frozen, **parameters}
         self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
         self.image_size = IMAGE_SIZE
+
+    def take_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """Begin with this momentum of SGD, by parameter name; what is not named, or frozen now, with none."""
+        for name, parameter in self.masters.parameters.items():
+            if name in momentum:
+                if momentum[name].shape != parameter.shape:
+                    raise StudyError(
+                        f"the momentum of {name} has shape {tuple(momentum[name].shape)}, "
+                        f"not {tuple(parameter.shape)}; give that of this network's training"
+                    )
+                self.sgd.state[parameter]["momentum_buffer"].copy_(momentum[name])
 
     def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:
         """Set alpha, rate and image size; choose this epoch's masks, unless they came with a checkpoint."""

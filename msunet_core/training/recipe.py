@@ -16,7 +16,7 @@ SCHEDULES = ("step", "cosine", "one-cycle")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage (SPEC section 6); epochs count from 0, rates and alpha hold for an epoch."""
+    """One training stage (specification §6); epochs count from 0, rates and alpha hold for an epoch."""
 
     epochs: int = 1
     batch_size: int = 64

@@ -8,43 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
-import datetime
-import io
 import json
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from ..data.augment import augment, draw_epoch_plan
 from ..data.images import ImageData
-from ..errors import StudyError
-from ..files import atomic_write, lock_folder, write_fault
+from ..errors import StudyError, reason, shown
+from ..files import lock_folder
 from ..measure.evaluation import BATCH_SIZE, accuracy, class_scores
-from ..model.checkpoint import latest_checkpoint, save_checkpoint
+from ..model.checkpoint import save_checkpoint
+from ..model.precision import without_tf32
 from ..model.pruning import GROUPS, cubic_sparsity
 from ..model.ternary import layer_statistics, set_alpha
 from .distributed import Processes, joined
-from .events import Events
 from .interrupt import StopSignals
 from .learner import MIN_LOSS_SCALE, Learner, deterministic, first_bad_layer, first_bad_tensor
 from .recipe import StageConfig
-from .resume import difference, fingerprint_of, recipe_of
+from .records import Progress, Records, shown_progress
+from .resume import arithmetic_of, check_saved, identity_of, other_arithmetic, saved_state
 from .schedules import alpha_of_epoch, learning_rate
 
 CHECKPOINT = "checkpoint.safetensors"
 # Devices whose losses are read at each step. On others the host would wait for the device: there the losses
 # of an epoch are read at its end.
 LIVE_LOSS = ("cpu",)
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
+# Of the history, and for each group of pruned tensors.
+COLUMNS = (
+    *("epoch", "lr", "alpha", "train_loss", "zeros_ternary", "loss_scale"),
+    *("test_top1", "test_top5", "test_loss"),
+)
+SPARSITIES = ("target", "sparsity")
 
 
 @dataclass
@@ -67,7 +68,7 @@ class StageResult:
 def train(
     model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
 ) -> StageResult:
-    """Ternary training (SPEC section 6), in ``folder``; goes on where a checkpoint there stopped.
+    """Ternary training (specification §6), in ``folder``; goes on where a checkpoint there stopped.
 
     Parameters
     ----------
@@ -79,9 +80,13 @@ def train(
     seed : int, of every random choice (default 0)
     device : "auto", "cpu", "cuda", ...
     progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
+    momentum : of SGD, by parameter name, to begin with instead of 0: that of the stage before, as
+        :func:`msunet_core.model.checkpoint.read_momentum` gives it (specification §6)
+    aside : where the folder holds another run, rename it to ``<folder>.1``, ``.2``, ... and begin anew, with
+        a line that says so, instead of refusing (default False)
 
-    Started by ``torchrun``, its processes share each batch (:mod:`msunet_core.distributed`); the first one
-    alone writes and shows progress, and all return the same network, history and metrics.
+    Started by ``torchrun``, its processes share each batch (:mod:`msunet_core.training.distributed`); the
+    first one alone writes and shows progress, and all return the same network, history and metrics.
 
     Raises
     ------
@@ -94,7 +99,7 @@ def train(
 def prune(
     model: nn.Module, data: ImageData, config: StageConfig, folder: str | Path, **options
 ) -> StageResult:
-    """Pruning (SPEC section 7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
+    """Pruning (specification §7): as :func:`train`, from a trained network, with ``config.pruner`` set."""
     if config.pruner == "none":
         raise StudyError("pruner 'none' prunes nothing; choose V1, V2 or V3, or call train")
     return _run_stage("prune", model, data, config, Path(folder), **options)
@@ -105,11 +110,12 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # "meta" is a device too, but nothing can be read from it
         return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"device {device!r} cannot be used ({reason}); give auto, cpu or cuda") from error
+    except Exception as error:  # each kind of device has its own
+        raise StudyError(
+            f"device {shown(device)} cannot be used ({reason(error)}); give auto, cpu or cuda"
+        ) from error
 
 
 def _run_stage(
@@ -122,22 +128,28 @@ def _run_stage(
     seed: int = 0,
     device: str = "auto",
     progress: bool | Progress = True,
+    momentum: dict[str, Tensor] | None = None,
+    aside: bool = False,
 ) -> StageResult:
     with joined(device) as processes:
         device = resolve_device(processes.device_name(device))
-        exact = deterministic(device) if config.deterministic else contextlib.nullcontext()
-        with lock_folder(folder) if processes.writes else contextlib.nullcontext(), exact:
-            run = _Stage(stage, model, data, config, folder, seed, device, processes)
-            run.resume()
-            with _progress(progress if processes.writes else False) as show:
-                run.run(show)
+        with contextlib.ExitStack() as held:
+            if processes.writes:
+                held.enter_context(lock_folder(folder))
+            if config.deterministic:
+                held.enter_context(deterministic(device))
+            if config.opt_level == "O0":
+                held.enter_context(without_tf32())
+            run = _Stage(stage, model, data, config, folder, seed, device, momentum, processes)
+            run.resume(aside)
+            run.run(held.enter_context(shown_progress(progress if processes.writes else False)))
             return run.result()
 
 
 class _Stage:
     """The loop over epochs, and everything it must not lose."""
 
-    def __init__(self, stage, model, data, config, folder, seed, device, processes):
+    def __init__(self, stage, model, data, config, folder, seed, device, momentum, processes):
         if data.num_classes != model.config["num_classes"]:
             raise StudyError(
                 f"the data have {data.num_classes} classes, the network {model.config['num_classes']}; "
@@ -146,14 +158,9 @@ class _Stage:
         self.stage, self.config, self.folder, self.seed, self.device = stage, config, folder, seed, device
         self.processes: Processes = processes
         self.path = folder / CHECKPOINT
-        self.identity = {
-            "stage": stage,
-            "seed": seed,
-            "config": recipe_of(config, processes.world),
-            "data": data.fingerprint,
-            "network": model.config,
-            "start": fingerprint_of(model),
-        }
+        self.records = Records(folder, stage, processes.writes)
+        self.arithmetic = arithmetic_of(device)
+        self.identity = identity_of(stage, seed, config, data, model, momentum, processes)
         self.shell = copy.deepcopy(model).cpu()  # FP32, for the result
         self.images = data.train_images.to(device)
         self.labels = data.train_labels.to(device)
@@ -166,6 +173,7 @@ class _Stage:
                 "make it smaller"
             )
         self.learner = Learner(model.to(device), config, processes)
+        self.learner.take_momentum(momentum or {})
         self.history: list[dict] = []
         self.layers = self._layer_rows(0)
         self.epoch = 0
@@ -179,31 +187,15 @@ class _Stage:
 
     # -- what is kept ------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        first = self.processes.tell(self.identity)
-        if first != self.identity:
-            raise StudyError(
-                f"process {self.processes.rank} does not train what process 0 does "
-                f"({difference(first, self.identity)}); give all the same data, network and seed"
-            )
-        # The first process reads for all: the others may have no such folder.
-        found = self.processes.tell(latest_checkpoint(self.path) if self.processes.writes else None)
+    def resume(self, aside: bool) -> None:
+        epochs = self.config.epochs
+        found = saved_state(self.path, self.identity, epochs, self.processes, self.records, aside)
         if found is None:
-            self._log(f"start: {json.dumps(self.identity)}")
+            self.records.log(f"start: {json.dumps(self.identity)}")
             return
         tensors, info = found
-        theirs = info.get("identity", {})
-        theirs = {key: theirs.get(key) for key in self.identity}
-        if theirs != self.identity:
-            raise StudyError(
-                f"{self.folder} holds another run ({difference(theirs, self.identity)}); "
-                "give another folder or RUN, or remove this one"
-            )
-        if info["epoch"] + (info["step"] > 0) > self.config.epochs:
-            raise StudyError(
-                f"{self.folder} holds {info['epoch']} epochs and {info['step']} steps, more than epochs "
-                f"{self.config.epochs}; raise epochs or give another folder or RUN"
-            )
+        own = self.learner.state()
+        check_saved(self.folder, tensors, info, own, self.steps, self._columns(), self.layers)
         self.learner.load(tensors, info["learner"])
         self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
         self.layers = info["layers"]
@@ -213,7 +205,9 @@ class _Stage:
         set_alpha(self.learner.model, info["network"]["alpha"])
         if self.epoch < self.config.epochs:
             with_others = f" with {self.processes.world} processes" if self.processes.world > 1 else ""
-            self._log(f"resume at epoch {self.epoch}, step {self.step}{with_others}")
+            self.records.log(f"resume at epoch {self.epoch}, step {self.step}{with_others}")
+            if line := other_arithmetic(info.get("arithmetic"), self.arithmetic):
+                self.records.say(line)
 
     def save(self) -> None:
         self._read_losses()
@@ -225,6 +219,7 @@ class _Stage:
             )
         info = {
             "identity": self.identity,
+            "arithmetic": self.arithmetic,
             "network": self.learner.model.config,
             "stage": self.stage,
             "opt_level": self.config.opt_level,
@@ -237,32 +232,21 @@ class _Stage:
         }
         if self.processes.writes:
             save_checkpoint(self.path, tensors, info)
-        self._write_tables()
+        self._write()
         self.processes.greatest(0)  # nobody goes on, or leaves, before what they have is safe
-
-    def _log(self, line: str) -> None:
-        if not self.processes.writes:
-            return
-        now = datetime.datetime.now().isoformat(" ", "seconds")
-        try:
-            with (self.folder / "log.txt").open("a") as log:
-                log.write(f"{now} {self.stage}: {line}\n")
-        except OSError as error:
-            raise write_fault(self.folder / "log.txt", error) from error
 
     # -- the loop ----------------------------------------------------------------------------
 
     def run(self, show: Progress) -> None:
         if self.epoch >= self.config.epochs and self.processes.tell(self.path.exists()):
             return
-        shown = Events(self.folder, self.epoch) if self.processes.writes else contextlib.nullcontext()
-        with StopSignals() as stop, shown as events:
+        with StopSignals() as stop, self.records.events(self.epoch) as events:
             while self.epoch < self.config.epochs:
                 started = time.perf_counter()
                 self._run_epoch(show, stop)
                 row = self._finish_epoch(stop)
                 seconds = time.perf_counter() - started
-                self._log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
+                self.records.log(f"epoch {row['epoch']}: {_summary(row)}, {seconds:.1f} s")
                 if events is not None:
                     events.add(row["epoch"], {**row, "seconds": seconds})
                 if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
@@ -339,6 +323,12 @@ class _Stage:
         self.epoch, self.step, self.read = self.epoch + 1, 0, 0
         return row
 
+    def _columns(self) -> set[str]:
+        """Names of the history's columns."""
+        groups = [f"{kind}_{group}" for group in self.learner.pruner.group_sparsity() for kind in SPARSITIES]
+        sizes = ["image_size"] if self.config.image_sizes else []
+        return {*COLUMNS, *groups, *sizes}
+
     def _layer_rows(self, epochs: int) -> list[dict]:
         """How the ternary layers are after so many epochs."""
         return [{"epochs": epochs, **row} for row in layer_statistics(self.learner.model)]
@@ -365,7 +355,7 @@ class _Stage:
             f"first bad layer {layer}; lower lr {self.config.lr} or check the data "
             "(the last good checkpoint is kept)"
         )
-        self._log(message)
+        self.records.log(message)
         raise StudyError(message)
 
     def _leave_if_asked(self, stop: StopSignals) -> None:
@@ -373,25 +363,18 @@ class _Stage:
         if not received:
             return
         self.save()
-        self._log(f"stopped by {signal.Signals(received).name} at epoch {self.epoch}, step {self.step}")
+        self.records.log(
+            f"stopped by {signal.Signals(received).name} at epoch {self.epoch}, step {self.step}"
+        )
         if received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(f"{self.stage} checkpointed at epoch {self.epoch}, step {self.step}")
 
-    # -- what is shown -----------------------------------------------------------------------
+    # -- what it ends with -------------------------------------------------------------------
 
-    def _write_tables(self) -> None:
-        if not self.processes.writes:
-            return
-        for name, rows in (("history.csv", self.history), ("layers.csv", self.layers)):
-            text = io.StringIO()
-            if rows:
-                writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            atomic_write(self.folder / name, text.getvalue())
-        if self.epoch >= self.config.epochs:
-            atomic_write(self.folder / "metrics.json", json.dumps(self._metrics(), indent=1) + "\n")
+    def _write(self) -> None:
+        ended = self.epoch >= self.config.epochs
+        self.records.write(self.history, self.layers, self._metrics() if ended else None)
 
     def _metrics(self) -> dict[str, float]:
         if not self.history:
@@ -399,27 +382,11 @@ class _Stage:
         return {name: self.history[-1][f"test_{name}"] for name in ("top1", "top5", "loss")}
 
     def result(self) -> StageResult:
-        self._write_tables()
+        self._write()
         state = {name: tensor.cpu() for name, tensor in self.learner.masters.state_dict().items()}
         self.shell.load_state_dict(state)
         set_alpha(self.shell, self.learner.model.config["alpha"])
         return StageResult(self.shell.eval(), pd.DataFrame(self.history), self._metrics(), self.path)
-
-
-@contextlib.contextmanager
-def _progress(progress: bool | Progress):
-    if callable(progress):
-        yield progress
-        return
-    with tqdm(disable=not progress, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
-
-        def show(done: int, total: int, text: str) -> None:
-            if bar.total != total:
-                bar.total, bar.initial, bar.n = total, done, done
-            bar.set_description(text, refresh=False)
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _summary(row: dict) -> str:

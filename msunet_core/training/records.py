@@ -1,0 +1,86 @@
+"""What a stage leaves for people to read, and what it shows while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import one_line
+from ..files import append_line, atomic_write
+from .events import Events
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
+
+
+class Records:
+    """``log.txt``, ``history.csv``, ``layers.csv``, ``metrics.json`` and TensorBoard's scalars of a stage.
+
+    Parameters
+    ----------
+    folder : of the stage
+    stage : its name, on each line of the log
+    writes : False: nothing is written, as by all processes but the first
+    """
+
+    def __init__(self, folder: Path, stage: str, writes: bool):
+        self.folder, self.stage, self.writes = folder, stage, writes
+
+    def log(self, line: str) -> None:
+        """Append a line with the time to ``log.txt``."""
+        if not self.writes:
+            return
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        append_line(self.folder / "log.txt", f"{now} {self.stage}: {line}")
+
+    def say(self, line: str) -> None:
+        """Log a line, and show it to whoever is there."""
+        if self.writes:
+            self.log(line)
+            print(f"{self.stage}: {one_line(line)}", file=sys.stderr)
+
+    def write(self, history: list[dict], layers: list[dict], metrics: dict[str, float] | None) -> None:
+        """Write the tables, each whole or not at all; ``metrics`` only once a stage has ended."""
+        if not self.writes:
+            return
+        atomic_write(self.folder / "history.csv", _table(history))
+        atomic_write(self.folder / "layers.csv", _table(layers))
+        if metrics is not None:
+            atomic_write(self.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+
+    def events(self, first_epoch: int) -> contextlib.AbstractContextManager[Events | None]:
+        """TensorBoard's scalars from that epoch on."""
+        return Events(self.folder, first_epoch) if self.writes else contextlib.nullcontext()
+
+
+def _table(rows: list[dict]) -> str:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def shown_progress(progress: bool | Progress) -> Iterator[Progress]:
+    """A callable itself, a bar in the terminal (True), or silence (False)."""
+    if callable(progress):
+        yield progress
+        return
+    with tqdm(disable=not progress, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int, text: str) -> None:
+            if bar.total != total:
+                bar.total, bar.initial, bar.n = total, done, done
+            bar.set_description(text, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
