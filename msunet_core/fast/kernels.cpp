@@ -936,123 +936,190 @@ template <class T> struct Before {
   float* dexpand;  // or null: (groups, inputs, outputs), x^T times what goes to du before `expand` is transposed
 };
 
-template <class T, class Act>
-void conv_backward(Shape s, Behind<T> behind, const Convs& convs, float* const* dweights, Before<T> before,
-                   int threads) {
-  constexpr const T* as = nullptr;
-  const Ternary *expand = before.expand, *transposed = before.transposed, *project = behind.project;
-  const long width = padded(s.channels), in = expand ? expand->all_in() : s.channels;
-  const long out = project ? project->all_in() : s.channels;
-  auto same = identity_of(std::max(width, padded(in)));
-  const Affine identity{same.data(), std::max(width, padded(in))};
-  const long inputs = expand ? expand->in : 0, outputs = expand ? expand->out : 0;
-  const long groups = expand && before.dexpand ? expand->groups : 0;
-  const long outer_size = inputs * padded(outputs);
-  // of a chunk: gradients of the depthwise weights, and those of `expand`
-  Chunks chunks(s.count, convs.sizes + groups * outer_size);
-#pragma omp parallel num_threads(threads)
-  {
-    Buffer memory, raw_memory, grad_memory;
-    Planes planes(expand || project ? std::max({in, s.channels, out}) : 0);
+// Numbers of a backward pass that follow from what is given.
+struct Widths {
+  long channels, in, out;  // channels padded; of the input of `expand`; of the output of `project`
+  long inputs, outputs, groups, outer;  // of `expand`, where its gradient is wanted; floats of one group's
+  template <class T> Widths(const Shape& s, const Behind<T>& behind, const Before<T>& before)
+      : channels(padded(s.channels)),
+        in(before.expand ? before.expand->all_in() : s.channels),
+        out(behind.project ? behind.project->all_in() : s.channels),
+        inputs(before.expand ? before.expand->in : 0),
+        outputs(before.expand ? before.expand->out : 0),
+        groups(before.expand && before.dexpand ? before.expand->groups : 0),
+        outer(inputs * padded(outputs)) {}
+};
+
+// One thread's backward passes, image by image and row by row, each in the thread's own caches.
+template <class T, class Act> struct BackwardPass {
+  const Shape& s;
+  const Behind<T>& behind;
+  const Convs& convs;
+  float* const* dweights;
+  const Before<T>& before;
+  const Widths& w;
+  Affine identity;
+
+  Buffer memory, raw_memory, grad_memory, tile, waiting, pixels_in, tile_out;
+  Planes planes;
+  Rows rows, raw, grads;  // of the convolutions' input, of that before its activation, of their output's gradient
+  long n = 0, waits = 0;  // image; pixels in `waiting`, whose gradient has yet to go through `expand`
+
+  BackwardPass(const Shape& s, const Behind<T>& behind, const Convs& convs, float* const* dweights,
+               const Before<T>& before, const Widths& w, Affine identity)
+      : s(s), behind(behind), convs(convs), dweights(dweights), before(before), w(w), identity(identity),
+        planes(before.expand || behind.project ? std::max({w.in, s.channels, w.out}) : 0) {
     const long kept = kept_rows(convs.pad, s.width);
-    const Rows rows = ring(memory, s.height, s.width, s.channels, kept);
-    const Rows raw = expand ? ring(raw_memory, s.height, s.width, s.channels, kept) : rows;
-    const Rows grads = ring(grad_memory, s.out_height, s.out_width, s.channels, kept_rows(convs.pad, s.out_width));
-    Buffer tile(TILE * rows.stride), waiting(expand ? (s.width + BLOCK) * rows.stride : 0),
-        pixels_in(expand ? BLOCK * in : 0),
-        tile_out(BLOCK * out);
-#pragma omp for schedule(dynamic)
-    for (long chunk = 0; chunk < chunks.count(); chunk++) {
-      float* const of_chunk = chunks.start(chunk);
-      for (long n = chunks.begin(chunk); n < chunks.end(chunk); n++) {
-        const long at = n * s.channels;
-        const Gradient<T, Act> gradient{behind.norm, behind.gate ? behind.gate + at : nullptr,
-                                        behind.gate ? behind.dpooled + at : nullptr};
-        const Gradient<T, Act> inner{before.norm, nullptr, nullptr};
-        const T* image = before.x + n * s.pixels() * in;
-        Source<T, Raw, true> source{expand, {}, s.channels, raw, planes};
-        Source<T, Raw, true> grad_source{project, behind.last_norm, s.channels, grads, planes, tile_out.data()};
-        float* sum = before.sums + n * SUMS * width;
-        long filled = 0, grads_filled = 0, waits = 0;
-        for (long iy = 0; iy < s.height; iy++) {
-          source.fill(image, iy + convs.pad + 1);
-          for (; expand && filled < std::min(s.height, iy + convs.pad + 1); filled++)
-            apply<T, Act>((const float*)raw.row(filled), raw.stride, (const float*)nullptr, rows.row(filled),
-                          rows.stride, s.width, s.channels, before.norm, nullptr);
-          const long needed = std::min(s.out_height, (iy + convs.pad) / convs.stride + 1);
-          grad_source.fill(behind.dy + n * s.out_pixels() * out, needed,
-                           project ? behind.z + n * s.out_pixels() * out : nullptr);
-          for (; behind.norm.data && grads_filled < needed; grads_filled++) {
-            const T* y = behind.y + (n * s.out_height + grads_filled) * s.out_width * s.channels;
-            float* row = grads.row(grads_filled);
-            norm_gradient((const float*)row, grads.stride, y, row, grads.stride, s.out_width, s.channels, gradient);
-          }
-          float* dweight = of_chunk;
-          for (size_t i = 0; i < convs.groups.size(); dweight += convs.groups[i++].size())
-            if (dweights[i] && iy % convs.stride == 0)
-              with_kernel(convs.groups[i].kernel, convs.stride, [&](auto k, auto stride) {
-                weight_row<k, stride>(grads, rows, dweight, convs.groups[i].first, convs.groups[i].channels,
-                                      iy / stride);
-              });
-          for (long ix = 0; (expand || before.dx) && ix < s.width; ix += TILE) {
-            for (const Group& g : convs.groups)
-              with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
-                if constexpr (stride == 1)
-                  conv_tile<k, 1>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
-                else
-                  grad_tile<k>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
-              });
-            const long pixels = std::min<long>(TILE, s.width - ix);
-            if (!expand)
-              copy_pixels(tile.data(), rows.stride, before.dx + ((n * s.height + iy) * s.width + ix) * s.channels,
-                          s.channels, pixels, s.channels);
-            else
-              over_channels(s.channels, [&](auto full, long c, long lanes) {
-                constexpr bool FULL = decltype(full)::value;
-                vec total{}, product{};
-                for (long i = 0; i < pixels; i++) {
-                  const vec value = load<FULL>(raw.row(iy) + (ix + i) * raw.stride + c, lanes);
-                  const vec da = rounded(load(tile.data() + i * rows.stride + c), as);
-                  const vec dz = inner.template dz<FULL>(da, value, c, lanes);
-                  const vec scaled = dz * before.norm.at(Affine::SCALE, c);
-                  store<FULL>(&waiting[(waits + ix + i) * rows.stride + c], scaled, lanes);
-                  total += dz;
-                  product += dz * (value - before.norm.at(Affine::MEAN, c));
-                }
-                float *totals = sum + DY_GRAD * width + c, *products = sum + DY_GRAD_X * width + c;
-                store(totals, load(totals) + total);
-                store(products, load(products) + product);
-              });
-          }
-          if (!expand) continue;
-          waits += s.width;
-          long done = 0;
-          for (; waits - done >= (iy + 1 == s.height ? 1 : BLOCK); done += std::min(BLOCK, waits - done)) {
-            const long count = std::min(BLOCK, waits - done), first = (iy + 1) * s.width - waits + done;
-            const float* dz = &waiting[done * rows.stride];
-            copy_pixels(image + first * in, in, pixels_in.data(), in, count, in);
-            for (long g = 0; g < groups; g++)
-              add_outer(&pixels_in[g * inputs], in, dz + g * outputs, rows.stride, count, inputs, outputs,
-                        of_chunk + convs.sizes + g * outer_size);
-            convolve(*transposed, dz, rows.stride, count, planes);
-            finish<float, Identity, true>(planes.out.data(), transposed->scale, identity, in);
-            to_pixels(planes.out.data(), count, in, before.du + (n * s.pixels() + first) * in, in);
-          }
-          waits -= done;
-          std::copy_n(&waiting[done * rows.stride], waits * rows.stride, waiting.begin());
-        }
-      }
+    rows = ring(memory, s.height, s.width, s.channels, kept);
+    raw = before.expand ? ring(raw_memory, s.height, s.width, s.channels, kept) : rows;
+    grads = ring(grad_memory, s.out_height, s.out_width, s.channels, kept_rows(convs.pad, s.out_width));
+    tile = Buffer(TILE * rows.stride);
+    tile_out = Buffer(BLOCK * w.out);
+    if (before.expand) {
+      waiting = Buffer((s.width + BLOCK) * rows.stride);
+      pixels_in = Buffer(BLOCK * w.in);
     }
   }
-  const std::vector<double> totals = chunks.total(threads);
-  const double* total = totals.data();
+
+  // Gradients of image `image`; those of weights are added to `of_chunk`.
+  void run(long image, float* of_chunk) {
+    n = image;
+    waits = 0;
+    Source<T, Raw, true> source{before.expand, {}, s.channels, raw, planes};
+    Source<T, Raw, true> grad_source{behind.project, behind.last_norm, s.channels, grads, planes, tile_out.data()};
+    long filled = 0, grads_filled = 0;
+    for (long iy = 0; iy < s.height; iy++) {
+      filled = fill_input(source, filled, std::min(s.height, iy + convs.pad + 1));
+      grads_filled =
+          fill_gradients(grad_source, grads_filled, std::min(s.out_height, (iy + convs.pad) / convs.stride + 1));
+      if (iy % convs.stride == 0) add_weight_gradients(iy / convs.stride, of_chunk);
+      if (before.expand || before.dx) input_gradients(iy);
+      if (before.expand) through_expansion(iy, of_chunk + convs.sizes);
+    }
+  }
+
+  long fill_input(Source<T, Raw, true>& source, long filled, long needed) {
+    source.fill(before.x + n * s.pixels() * w.in, needed);
+    for (; before.expand && filled < needed; filled++)
+      apply<T, Act>((const float*)raw.row(filled), raw.stride, (const float*)nullptr, rows.row(filled), rows.stride,
+                    s.width, s.channels, before.norm, nullptr);
+    return filled;
+  }
+
+  long fill_gradients(Source<T, Raw, true>& source, long filled, long needed) {
+    const long first = n * s.out_pixels() * w.out;
+    source.fill(behind.dy + first, needed, behind.project ? behind.z + first : nullptr);
+    const long at = n * s.channels;
+    const Gradient<T, Act> gradient{behind.norm, behind.gate ? behind.gate + at : nullptr,
+                                    behind.gate ? behind.dpooled + at : nullptr};
+    for (; behind.norm.data && filled < needed; filled++) {
+      const T* y = behind.y + (n * s.out_height + filled) * s.out_width * s.channels;
+      float* row = grads.row(filled);
+      norm_gradient((const float*)row, grads.stride, y, row, grads.stride, s.out_width, s.channels, gradient);
+    }
+    return filled;
+  }
+
+  void add_weight_gradients(long oy, float* dweight) {
+    for (size_t i = 0; i < convs.groups.size(); dweight += convs.groups[i++].size())
+      if (dweights[i])
+        with_kernel(convs.groups[i].kernel, convs.stride, [&](auto k, auto stride) {
+          weight_row<k, stride>(grads, rows, dweight, convs.groups[i].first, convs.groups[i].channels, oy);
+        });
+  }
+
+  void input_gradients(long iy) {
+    for (long ix = 0; ix < s.width; ix += TILE) {
+      for (const Group& g : convs.groups)
+        with_kernel(g.kernel, convs.stride, [&](auto k, auto stride) {
+          if constexpr (stride == 1)
+            conv_tile<k, 1>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
+          else
+            grad_tile<k>(grads, tile.data(), g.weight.data(), g.first, g.channels, iy, ix);
+        });
+      const long pixels = std::min<long>(TILE, s.width - ix);
+      if (before.expand)
+        through_activation(iy, ix, pixels);
+      else
+        copy_pixels(tile.data(), rows.stride, before.dx + ((n * s.height + iy) * s.width + ix) * s.channels,
+                    s.channels, pixels, s.channels);
+    }
+  }
+
+  // The tile's gradient goes through activation and norm to `waiting`, and into the sums of the norm.
+  void through_activation(long iy, long ix, long pixels) {
+    constexpr const T* as = nullptr;
+    const Gradient<T, Act> inner{before.norm, nullptr, nullptr};
+    float* sum = before.sums + n * SUMS * w.channels;
+    over_channels(s.channels, [&](auto full, long c, long lanes) {
+      constexpr bool FULL = decltype(full)::value;
+      vec total{}, product{};
+      for (long i = 0; i < pixels; i++) {
+        const vec value = load<FULL>(raw.row(iy) + (ix + i) * raw.stride + c, lanes);
+        const vec da = rounded(load(tile.data() + i * rows.stride + c), as);
+        const vec dz = inner.template dz<FULL>(da, value, c, lanes);
+        const vec scaled = dz * before.norm.at(Affine::SCALE, c);
+        store<FULL>(&waiting[(waits + ix + i) * rows.stride + c], scaled, lanes);
+        total += dz;
+        product += dz * (value - before.norm.at(Affine::MEAN, c));
+      }
+      float *totals = sum + DY_GRAD * w.channels + c, *products = sum + DY_GRAD_X * w.channels + c;
+      store(totals, load(totals) + total);
+      store(products, load(products) + product);
+    });
+  }
+
+  // Whole blocks of what waits after row iy go through `expand`, at the image's end the rest too.
+  void through_expansion(long iy, float* dexpand) {
+    const T* image = before.x + n * s.pixels() * w.in;
+    waits += s.width;
+    long done = 0;
+    for (; waits - done >= (iy + 1 == s.height ? 1 : BLOCK); done += std::min(BLOCK, waits - done)) {
+      const long count = std::min(BLOCK, waits - done), first = (iy + 1) * s.width - waits + done;
+      const float* dz = &waiting[done * rows.stride];
+      copy_pixels(image + first * w.in, w.in, pixels_in.data(), w.in, count, w.in);
+      for (long g = 0; g < w.groups; g++)
+        add_outer(&pixels_in[g * w.inputs], w.in, dz + g * w.outputs, rows.stride, count, w.inputs, w.outputs,
+                  dexpand + g * w.outer);
+      convolve(*before.transposed, dz, rows.stride, count, planes);
+      finish<float, Identity, true>(planes.out.data(), before.transposed->scale, identity, w.in);
+      to_pixels(planes.out.data(), count, w.in, before.du + (n * s.pixels() + first) * w.in, w.in);
+    }
+    waits -= done;
+    std::copy_n(&waiting[done * rows.stride], waits * rows.stride, waiting.begin());
+  }
+};
+
+// Sums (taps, padded channels) of each group, one after the other, to weights (channels, taps).
+inline void write_weight_gradients(const Convs& convs, const double* total, float* const* dweights) {
   for (size_t i = 0; i < convs.groups.size(); total += convs.groups[i++].size()) {
     const long taps = convs.groups[i].kernel * convs.groups[i].kernel, channels = convs.groups[i].channels;
     if (dweights[i])
       for (long c = 0; c < channels; c++)
         for (long k = 0; k < taps; k++) dweights[i][c * taps + k] = float(total[k * padded(channels) + c]);
   }
-  if (groups) unpad(&totals[convs.sizes], groups, inputs, outputs, before.dexpand);
+}
+
+template <class T, class Act>
+void conv_backward(Shape s, Behind<T> behind, const Convs& convs, float* const* dweights, Before<T> before,
+                   int threads) {
+  const Widths w(s, behind, before);
+  const long widest = std::max(w.channels, padded(w.in));
+  auto same = identity_of(widest);
+  // of a chunk: gradients of the depthwise weights, and those of `expand`
+  Chunks chunks(s.count, convs.sizes + w.groups * w.outer);
+#pragma omp parallel num_threads(threads)
+  {
+    BackwardPass<T, Act> pass(s, behind, convs, dweights, before, w, Affine{same.data(), widest});
+#pragma omp for schedule(dynamic)
+    for (long chunk = 0; chunk < chunks.count(); chunk++) {
+      float* const of_chunk = chunks.start(chunk);
+      for (long n = chunks.begin(chunk); n < chunks.end(chunk); n++) pass.run(n, of_chunk);
+    }
+  }
+  const std::vector<double> totals = chunks.total(threads);
+  write_weight_gradients(convs, totals.data(), dweights);
+  if (w.groups) unpad(&totals[convs.sizes], w.groups, w.inputs, w.outputs, before.dexpand);
 }
 
 // --- the other half of a block: squeeze-excitation, the second 1x1 convolution -----------------------
