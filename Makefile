@@ -125,7 +125,7 @@ help: .known ## this list
 
 ##! targets for maintainers
 .PHONY: faults bench notebooks pretrained
-faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 1,000 files, crafted pickles, full disks
+faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 3,300 files, hostile names, full disks
 	@$(PY) tests/faults.py
 bench: $(ENVIRONMENT) ## time the released way and ours side by side [BENCH=--quick]; writes runs/bench/bench.json
 	@set -f; $(PY) benchmarks/bench.py $$STUDY_BENCH

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from faults import HOSTILE
 from nbformat.v4 import new_code_cell, new_notebook
 
 from msunet_core.study.make import NOTEBOOKS
@@ -102,15 +103,6 @@ def test_a_target_hands_the_variables_on_and_decides_nothing(checkout, target):
         f"-m msunet_core.study.make {target}"
     ]
     assert checkout.variables() == {"SEED": "7", "SET": "train.epochs=3 prune.lr=1e-3", "OUT": "b"}
-
-
-# Each would do something, or break, in a shell, in make's own language or in a rule of its.
-HOSTILE = [
-    "a b", "100%", "a(b)", "it's", 'say "a"', "x`touch pwned`", "x`touch${IFS}pwned`", "$(touch pwned)",
-    "$(shell touch pwned)", "${shell touch pwned}", "$$(touch pwned)", "a&touch pwned&", "cat;touch pwned;#",
-    ">pwned", "a|touch pwned", "a:b", "a\\", "a#b", "-rf", "*", "~", "=", "a\ntouch pwned", "$(error no)",
-    "{a,b}", "%.npz", "a,b", "(", ")", "$", "$(", "é\x1b[31m", "!!", "?",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", HOSTILE)
