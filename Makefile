@@ -82,13 +82,13 @@ SUITABLE = -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 
 ##! targets
 
 .PHONY: reproduce train prune ablations report score validate pack
-reproduce: $(ENVIRONMENT) ## run notebooks 01..07 headless and render the pages, as far as anything changed
+reproduce: $(ENVIRONMENT) ## run notebooks 01..07 headless and build the site, as far as anything changed
 train: $(ENVIRONMENT) ## only notebook 02: ternary training
 prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precision
 ablations: $(ENVIRONMENT) ## only notebook 06: the ablations
 reproduce train prune ablations:
 	+@$(STUDY)
-report: $(ENVIRONMENT) ## render the pages of RUN again from what is there, running nothing
+report: $(ENVIRONMENT) ## build the site of RUN again from what is there, running nothing
 score: $(ENVIRONMENT) ## score the shipped network or CHECKPOINT=... [VARIANT= OPT_LEVEL=]
 validate: $(ENVIRONMENT) ## test the shipped network or CHECKPOINT= on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
 pack: $(ENVIRONMENT) ## write CHECKPOINT=... as a packed file OUT=...; DATA=... keeps its top-1 in it

@@ -293,6 +293,7 @@ def test_an_active_environment_without_the_packages_is_one_clear_line(checkout):
 def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout):
     shutil.rmtree(checkout.folder / "msunet_core")
     shutil.copytree(ROOT / "msunet_core", checkout.folder / "msunet_core")
+    shutil.copytree(ROOT / "docs", checkout.folder / "docs")
     for name in NOTEBOOKS:
         cells = [
             new_code_cell('PROFILE = "smoke"\nRUN = "lab"\nSEED = 0', metadata={"tags": ["parameters"]}),
@@ -321,12 +322,12 @@ def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout)
 
     run = checkout.folder / "runs" / "smoke"
     shown = sorted(path.name for path in run.iterdir() if path.is_file() and not path.name.startswith("."))
-    pages = [f"{name}.{kind}" for name in NOTEBOOKS for kind in ("html", "ipynb")]
-    assert shown == sorted([*pages, "index.html", "provenance.json"])
-    index = (run / "index.html").read_text()
+    assert shown == sorted([*(f"{name}.ipynb" for name in NOTEBOOKS), "provenance.json"])
+    index = (run / "site" / "index.html").read_text()
     assert all(f'href="{name}.html"' in index for name in NOTEBOOKS)
-    assert "make reproduce" in index and "SEED=3" in index
-    assert "smoke 3" in (run / "06_ablations.html").read_text()
+    told = (run / "site" / "run.html").read_text()
+    assert "make reproduce" in told and "SEED=3" in told
+    assert "smoke 3" in (run / "site" / "06_ablations.html").read_text()
 
     again = checkout.call("reproduce", "SEED=3", PYTHON=sys.executable)
     assert again.returncode == 0 and "cell/s" not in again.stderr

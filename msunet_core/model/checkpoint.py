@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..errors import StudyError, closest, reason, shown
 from ..files import atomic_path, keep_as, read_bytes
-from .network import VARIANTS, build_msunet
+from .architecture import MAX_BYTES, VARIANTS
+from .network import build_msunet
 
 FORMAT = "msunet-study-1"
 PREVIOUS = ".previous"
@@ -35,8 +36,6 @@ MAX_PICKLE = 2**20
 MAX_OPCODES = 200_000
 MAX_TEXT = 2**25  # characters of the JSON: a history of 100,000 epochs
 MAX_COUNT = 2**31  # of epochs, or of steps in one
-# No MSUNet checkpoint with optimizer state comes near this; a larger claim is an attack or an accident.
-MAX_BYTES = 256 * 2**20
 # All that a published checkpoint names in its pickle. torch's own list is longer: some of it can be told
 # to allocate any amount of memory.
 CLASSES = re.compile(

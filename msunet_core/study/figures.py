@@ -91,3 +91,10 @@ def plot_trade_off(table: pd.DataFrame) -> plt.Figure:
     ax.set_title("Upper left is better: accuracy against score")
     ax.legend(fontsize=8)
     return figure
+
+
+def hatch_bars(ax: plt.Axes, hatches: Sequence[str]) -> None:
+    """A pattern for each series of a bar chart beside its colour, for whoever does not see colours."""
+    for bars, hatch in zip(ax.containers, hatches, strict=True):
+        for bar in bars:
+            bar.set_hatch(hatch)

@@ -52,9 +52,12 @@ TARGETS = {
     "prune": ("02_ternary_training", "03_fp16_pruning"),
     "ablations": ("06_ablations",),
 }
+# What builds the site, and what the site shows besides a run: files of the checkout.
+SITE = tuple(f"study/{name}.py" for name in ("claims", "pages", "report", "shipped_page", "web"))
+EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*", "runs/ablations/*.csv", "runs/record/*.csv")
+INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
-NOT_USED = {"__main__.py", "study/make.py", "study/runner.py", "study/report.py"}
-PAGES = ("study/report.py",)
+NOT_USED = {"__main__.py", "study/make.py", "study/runner.py", *SITE}
 MADE = ".made.json"
 
 
@@ -127,6 +130,13 @@ def common_inputs(request: Request) -> dict[str, str]:
         if path.suffix in (".py", ".cpp") and inside not in NOT_USED:
             found[f"msunet_core/{inside}"] = code_digest(path)
     return found
+
+
+def site_inputs() -> dict[str, str]:
+    """Digests of what the site is made from, but for the run's own notebooks."""
+    found = {f"msunet_core/{name}": code_digest(PACKAGE / name) for name in SITE}
+    files = [ROOT / "CITATION.cff", *(path for pattern in EVIDENCE for path in ROOT.glob(pattern))]
+    return found | {str(path.relative_to(ROOT)): file_digest(path) for path in sorted(files)}
 
 
 def notebook_digest(path: Path) -> str:
@@ -204,8 +214,8 @@ def reproduce(request: Request, target: str, *, dry: bool = False) -> int:
         made[name] = inputs
         _write_made(request.folder, made)
     if target == "reproduce":
-        pages = {f"msunet_core/{name}": code_digest(PACKAGE / name) for name in PAGES}
-        if count or not (request.folder / "index.html").is_file() or changed(made.get("pages"), pages):
+        pages = site_inputs()
+        if count or not (request.folder / INDEX).is_file() or changed(made.get("pages"), pages):
             count += 1
             if dry:
                 print("the pages")

@@ -14,6 +14,7 @@ import yaml
 from ..errors import StudyError, closest, reason, shown
 from ..files import read_text
 from ..model.network import VARIANTS
+from ..model.precision import OPT_LEVELS
 from ..model.ternary import WEIGHTS
 from ..training.recipe import StageConfig
 
@@ -56,13 +57,18 @@ class Profile:
     ablation_prune: StageConfig = field(default_factory=StageConfig)
     ablation_width: float = 1.0
     ablation_limit: int | None = None  # images per class and split in ablations; None: as data.limit
+    ablation_opt_level: str = "O3"  # at which ablations are tested and scored
     expect: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise StudyError(f"seed {shown(self.seed)} is outside 0 .. {2**63 - 1}; choose another")
-        for name, choices in (("variant", VARIANTS), ("weights", WEIGHTS)):
-            value = getattr(self.network, name)
+        for part, name, choices in (
+            (self.network, "variant", VARIANTS),
+            (self.network, "weights", WEIGHTS),
+            (self, "ablation_opt_level", OPT_LEVELS),
+        ):
+            value = getattr(part, name)
             if value not in choices:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
 
@@ -108,7 +114,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
 
 
-def _read_yaml(text: str, where: str) -> object:
+def _parsed(text: str, where: str) -> object:
     """A YAML text as mappings with names, lists, texts, numbers, booleans and None, and nothing else.
 
     Raises StudyError for any other text; ``where`` begins its message.
@@ -173,7 +179,7 @@ def load_profile(
         raise StudyError(
             f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
         )
-    tree = _mapping(_read_yaml(read_text(path, MAX_YAML), str(path)), str(path))
+    tree = read_yaml(path)
     variants = _mapping(tree.pop("variants", None), f"{path}: variants")
     for part in ("network", "data"):
         tree[part] = _mapping(tree.get(part), f"{path}: {part}")
@@ -190,13 +196,29 @@ def load_profile(
             raise StudyError(f"override {shown(override)} has no '='; write it as train.epochs=3")
         if key.count(".") >= MAX_DEPTH:
             raise StudyError(f"override {shown(key)} names no parameter; write it as train.epochs=3")
-        value = _read_yaml(text, f"override {shown(key)}")
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
+        tree = _merge(tree, _nested(key, _parsed(text, f"override {shown(key)}")))
     if data is not None or limit is not None or not _is_own_data(tree):
         tree["expect"] = {}
     return _build(Profile, tree, where="")
+
+
+def overridden(profile: Profile, changes: typing.Mapping[str, object]) -> Profile:
+    """A profile with other values at dotted names, as ``{"ablation.alpha": 0.3}``; checked like a file's."""
+    tree = dataclasses.asdict(profile)
+    for key, value in changes.items():
+        tree = _merge(tree, _nested(str(key), value))
+    return _build(Profile, tree, where="")
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping that a YAML file holds, or a StudyError of one line."""
+    return _mapping(_parsed(read_text(path, MAX_YAML), str(path)), str(path))
+
+
+def _nested(key: str, value: object) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _is_own_data(tree: dict) -> bool:

@@ -21,6 +21,7 @@ from ..model.checkpoint import load_checkpoint, read_momentum
 from ..model.network import build_msunet
 from ..training.records import Progress
 from ..training.stages import CHECKPOINT
+from .alt_text import enable
 from .profile import Profile, load_profile
 
 
@@ -73,6 +74,7 @@ class Study:
         )
         self.folder = runs_folder() / str(run)
         self._data: ImageData | None = None
+        enable()  # pictures of this notebook come with words
         try:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -151,6 +153,9 @@ class Study:
         except (ValueError, RecursionError) as error:
             raise StudyError(f"{path} is not JSON; remove it and run the notebooks again") from error
         metrics[section] = numbers
+        if self._data is not None:
+            source = Path(self.profile.data.source).name
+            metrics["data"] = {"source": source, "fingerprint": self.data.fingerprint}
         atomic_write(path, json.dumps(dict(sorted(metrics.items())), indent=1) + "\n")
 
     def expected(self, name: str, value: float) -> str:

@@ -17,7 +17,7 @@ from ..errors import StudyError
 from ..fast.accelerate import accelerate
 from ..model.precision import BACKOFF_FACTOR, GROWTH_FACTOR, GROWTH_INTERVAL, LOSS_SCALE
 from ..model.pruning import Pruner
-from ..model.ternary import freeze_ternary, set_alpha, ternary_layers
+from ..model.ternary import freeze_ternary, set_alpha, set_gradient, ternary_layers
 from .distributed import Processes, synchronise_batch_norm
 from .masters import MasterWeights
 from .recipe import StageConfig
@@ -78,6 +78,7 @@ class Learner:
         self.model = model
         if config.freeze_ternary:
             freeze_ternary(model)
+        set_gradient(model, config.ternary_gradient)
         self.processes = processes or Processes()
         self.rows = self.unsynchronised = None
         if self.processes.world > 1:
@@ -116,7 +117,7 @@ class Learner:
             enabled=config.opt_level in ("O1", "O2"),
         )
         prunable = {**self.masters.frozen, **parameters}
-        self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
+        self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs, config.se_sparsity)
         self.image_size = IMAGE_SIZE
 
     def take_momentum(self, momentum: dict[str, Tensor]) -> None:

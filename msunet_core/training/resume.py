@@ -182,10 +182,14 @@ def recipe_of(config: StageConfig, world: int) -> dict:
     """What of a stage's configuration its past depends on.
 
     A run may be continued for more epochs. With batch norm over the whole batch, another number of processes
-    may continue it; without, what a norm sees depends on that number.
+    may continue it; without, what a norm sees depends on that number. A field that came later says nothing
+    where it is at its default, so that a checkpoint from before it is still resumed.
     """
     recipe = json.loads(json.dumps(dataclasses.asdict(config)))
     del recipe["checkpoint_every"], recipe["sync_batch_norm"]
+    for later in dataclasses.fields(config):
+        if later.metadata.get("later") and getattr(config, later.name) == later.default:
+            del recipe[later.name]
     if world > 1 and not config.sync_batch_norm:
         recipe["batch_norm_processes"] = world
     if config.schedule == "step":

@@ -26,7 +26,7 @@ from ..files import lock_folder
 from ..measure.evaluation import BATCH_SIZE, accuracy, class_scores
 from ..model.checkpoint import save_checkpoint
 from ..model.precision import without_tf32
-from ..model.pruning import GROUPS, cubic_sparsity
+from ..model.pruning import cubic_sparsity
 from ..model.ternary import layer_statistics, set_alpha
 from .distributed import Processes, joined
 from .interrupt import StopSignals
@@ -312,7 +312,9 @@ class _Stage:
         }
         reached = learner.pruner.group_sparsity()
         for group, sparsity in reached.items():
-            row[f"target_{group}"] = cubic_sparsity(self.epoch, GROUPS[group][1], config.ramp_epochs)
+            row[f"target_{group}"] = cubic_sparsity(
+                self.epoch, learner.pruner.targets[group], config.ramp_epochs
+            )
             row[f"sparsity_{group}"] = sparsity
         last = self.epoch + 1 == config.epochs
         tested = last or (self.epoch + 1) % config.evaluate_every == 0
