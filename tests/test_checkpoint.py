@@ -469,7 +469,7 @@ def test_every_flipped_bit_of_an_own_checkpoint_is_found(own):
         refusal(path)
 
 
-def crafted(path: Path, tensors: dict, info: dict) -> None:
+def forge(path: Path, tensors: dict, info: dict) -> None:
     """A checkpoint of the study's own form with a right digest, whatever it tells."""
     text = json.dumps({"format": checkpoint.FORMAT, **info})
     path.write_bytes(save(tensors, {"study": text, "digest": checkpoint._digest(text, tensors)}))
@@ -503,7 +503,7 @@ def crafted(path: Path, tensors: dict, info: dict) -> None:
 def test_an_own_checkpoint_that_tells_nonsense_is_refused(own, tmp_path, info):
     tensors, _ = read_checkpoint(own[0])
     path = tmp_path / "odd.safetensors"
-    crafted(path, tensors, info)
+    forge(path, tensors, info)
     refusal(path)
 
 

@@ -91,7 +91,7 @@ def test_the_study_runs_from_data_to_score(capsys, npz, tmp_path):
     _, info = load_network(tmp_path / "net.safetensors")
     assert info["accuracy"]["images"] == 12
     assert info["accuracy"]["top1"] == pytest.approx(float(top1), abs=0.006)
-    assert info["provenance"] == {"stage": "prune", "epoch": 1}
+    assert {"stage": "prune", "epoch": 1}.items() <= info["provenance"].items()
 
 
 def test_without_a_checkpoint_the_shipped_network_is_taken(capsys, npz, new_network, tmp_path, monkeypatch):
@@ -245,7 +245,8 @@ def test_the_study_runs_on_data_of_any_number_of_classes_however_they_are_called
         (["--device", "x" * 3000], "cannot be used"),
         (["--seed", "9" * 5000], "argument --seed: invalid int value"),
         (["--seed", "9223372036854775808"], "seed 9223372036854775808 is outside"),
-        (["--set", "train.lr=\x1b[31m"], "not of type float"),
+        (["--set", "train.lr=\x1b[31m"], "override 'train.lr' is not readable YAML"),
+        (["--set", "train.lr=red"], "not of type float"),
         (["--data", "a\nb"], "unknown data source"),
         (["--nothing"], "unrecognized arguments"),
     ],
@@ -264,4 +265,6 @@ def test_the_largest_seed_trains(capsys, npz, tmp_path):
 def test_a_rate_that_is_far_too_high_advises_a_lower_one(capsys, npz, tmp_path, level):
     high = ["train.lr=100", "train.warmup_lr=100", f"train.opt_level={level}", "train.epochs=20", *SHORT[2:]]
     common = ["--data", npz, "--device", "cpu", "--set", SHORT[0], *high]
-    assert "lower lr 100" in error_of(capsys, "train", "--out", tmp_path / "out", *common)
+    assert main(["train", "--out", str(tmp_path / "out"), *common]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and "lower lr 100" in line

@@ -120,7 +120,7 @@ def check_saved(
     fault = None
     if missing := sorted(needed - info.keys()):
         fault = f"it has no {missing[0]}"
-    elif info["step"] >= steps or len(info["losses"]) != info["step"]:
+    elif info["step"] > steps or len(info["losses"]) != info["step"]:
         fault = f"it is at step {info['step']} of {steps} with {len(info['losses'])} losses"
     elif [row.get("epoch") for row in info["history"]] != list(range(info["epoch"])):
         fault = f"its history is not that of {info['epoch']} epochs"

@@ -346,7 +346,15 @@ class _Stage:
             if own < len(batches):
                 scores[batches[own]] = class_scores(self.learner.model, self.test_images[batches[own]])
         # Zero plus the scores that one process computed is exactly those.
-        return accuracy(self.processes.total(scores), self.test_labels)
+        scores = self.processes.total(scores)
+        if not scores.isfinite().all():
+            message = (
+                f"{self.stage} stopped: class scores are not finite after epoch {self.epoch}; "
+                f"lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
+            )
+            self.records.log(message)
+            raise StudyError(message)
+        return accuracy(scores, self.test_labels)
 
     def _refuse_loss(self, step: int) -> None:
         plan = self.plan.step(step)
