@@ -8,28 +8,38 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .data.sources import hold_out, load_data, save_npz
-from .errors import StudyError
+from .errors import StudyError, one_line
+from .files import read_text
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.scoring import score
 from .measure.unpack import load_network, shipped, unpack
 from .model.checkpoint import load_checkpoint, read_momentum
 from .model.precision import OPT_LEVELS
+from .study.grid import GRID, load_grid
 from .study.profile import Profile, load_profile, profile_names
-from .study.provenance import recorded_stage
-from .study.run import new_network
+from .study.provenance import recorded_stage, usable_cores
+from .study.run import new_network, runs_folder
 from .training.distributed import first_to_fail, rank
 from .training.stages import CHECKPOINT, prune, resolve_device, train
 
 SOURCES_HELP = "synthetic, cifar100, an .npz or a folder"
 
 
+class OneLine(argparse.ArgumentParser):
+    """Refuses in one line, as everything here does; ``--help`` says how it is used."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(f'{message}; see {self.prog} --help')}\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m msunet_core", description=__doc__.splitlines()[0])
+    top = OneLine(prog="python -m msunet_core", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="{data,train,prune,validate,score,pack}"
+        dest="command", required=True, metavar="{data,train,prune,ablations,validate,score,pack}"
     )
 
     choice = argparse.ArgumentParser(add_help=False)
@@ -62,6 +72,16 @@ def parser() -> argparse.ArgumentParser:
     )
     pruning.add_argument("--out", type=Path, required=True, help="folder of the stage")
     pruning.set_defaults(run=run_prune)
+
+    ablating = commands.add_parser(
+        "ablations", parents=[choice], help="every row of the grid, compared seed by seed; goes on likewise"
+    )
+    ablating.add_argument("--grid", type=Path, default=GRID, help="a file such as ablations.yaml")
+    ablating.add_argument("--only", nargs="+", default=[], metavar="FACTOR", help="these factors alone")
+    ablating.add_argument("--jobs", type=int, default=usable_cores(), help="processes that share the cores")
+    ablating.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster, as tcp://host:8786")
+    ablating.add_argument("--out", type=Path, help="folder of tables and runs (default runs/ablations)")
+    ablating.set_defaults(run=run_grid)
 
     files = "packed file, published *.pth.tar or the study's own; a folder stands for the checkpoint in it"
     validating = commands.add_parser("validate", help="top-1, top-5 and score of a network on test images")
@@ -156,6 +176,23 @@ def _recorded(folder: Path, profile: Profile) -> contextlib.AbstractContextManag
     return contextlib.nullcontext() if rank() else recorded_stage(folder, profile.name, profile.seed)
 
 
+def run_grid(arguments: argparse.Namespace) -> None:
+    from .study.ablations import run_ablations  # importing SciPy takes a second
+
+    profile = _profile(arguments)
+    grid = load_grid(profile, arguments.grid, only=arguments.only)
+    out = arguments.out or runs_folder() / "ablations"
+    found = run_ablations(profile, grid, out, jobs=arguments.jobs, scheduler=arguments.scheduler)
+    shown = found.table.drop(columns=["params", "flops", "failed"])
+    print(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.6g}"))
+    print(f"{out / profile.name}.csv: {len(found.table)} rows of {len(grid.seeds)} seeds")
+    if failed := [f"{row.choice}: {row.value}" for row in found.table.dropna(subset="failed").itertuples()]:
+        raise StudyError(
+            f"{len(failed)} of {len(found.table)} rows failed ({', '.join(failed)}), the table says why; "
+            "the same command tries them again"
+        )
+
+
 def run_validate(arguments: argparse.Namespace) -> None:
     path = _file(arguments.checkpoint) if arguments.checkpoint else shipped()
     model, _ = load_network(path, arguments.variant)
@@ -200,8 +237,8 @@ def run_pack(arguments: argparse.Namespace) -> None:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not a JSON file ({error}); correct it") from error
 
 

@@ -247,6 +247,9 @@ def test_the_loaded_checkpoint_is_the_network_whose_accuracy_was_recorded(
         ({"lr": 0.01}, "lr 0.05 there, 0.01 now"),
         ({"opt_level": "O2"}, "opt_level 'O0' there, 'O2' now"),
         ({"milestones": (1,)}, r"milestones \[2\] there, \[1\] now"),
+        # Fields that came later: a checkpoint without them is one of their defaults, and of nothing else.
+        ({"ternary_gradient": "signs"}, "ternary_gradient None there, 'signs' now"),
+        ({"se_sparsity": 0.8}, "se_sparsity None there, 0.8 now"),
     ],
 )
 def test_a_folder_of_another_recipe_is_refused_by_the_name_that_differs(
@@ -352,6 +355,14 @@ def test_the_pruning_history_reaches_the_targets(images, new_network, recipe, tm
     weight = result.model.blocks[2][0].se.conv_reduce.weight
     assert (weight == 0).sum().item() == int(0.9 * weight.numel())
     assert weight.dtype == torch.float32
+
+
+def test_squeeze_excitation_can_be_pruned_to_another_share(images, new_network, recipe, tmp_path):
+    config = recipe(pruner="V2", ramp_epochs=0, se_sparsity=0.8)
+    result = prune(new_network(), images, config, tmp_path, progress=False)
+    weight = result.model.blocks[2][0].se.conv_reduce.weight
+    assert (weight == 0).sum().item() == int(0.8 * weight.numel())
+    assert set(result.history["target_se"]) == {0.8} and set(result.history["target_dw"]) == {0.5}
 
 
 def test_pruning_with_no_pruner_is_refused(images, new_network, recipe, tmp_path):

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msunet_core.errors import StudyError
+from msunet_core.fast.accelerate import accelerate
 from msunet_core.model.network import build_msunet
 from msunet_core.model.ternary import (
     ALPHA,
+    GRADIENTS,
     TernaryConv2d,
     freeze_ternary,
     set_alpha,
+    set_gradient,
     ternarize,
     ternary_layers,
     ternary_scale,
@@ -85,6 +88,35 @@ def test_the_gradient_of_the_kernel_passes_straight_through(weights):
     assert ternary_scale(signs) < 0.7
     # FP64 sums of 75 products in another order
     torch.testing.assert_close(conv.weight.grad, kernel.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", ["ternary", "binary"])
+def test_the_gradient_of_the_signs_is_an_option(weights):
+    conv = layer(weights)
+    conv.gradient = "signs"
+    x = torch.randn(3, 12, 5, 5, dtype=torch.float64)
+    out_grad = torch.randn(3, 8, 5, 5, dtype=torch.float64)
+    conv.train()(x).backward(out_grad)
+    signs = conv.signs().requires_grad_()  # dL/dT by autograd, with T as the leaf
+    (F.conv2d(x, signs) * ternary_scale(conv.signs())).backward(out_grad)
+    # FP64 sums of 75 products in another order
+    torch.testing.assert_close(conv.weight.grad, signs.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prepared", [lambda model: model, accelerate], ids=["plain", "fast"])
+def test_with_kernels_and_without_a_stage_chooses_the_gradient(prepared):
+    images, out_grad = torch.randn(4, 3, 32, 32), torch.randn(4, 100)
+    gradients = {}
+    for gradient in GRADIENTS:
+        torch.manual_seed(0)
+        model = prepared(build_msunet("v3", width=0.125)).train()
+        set_gradient(model, gradient)
+        model(images).backward(out_grad)
+        gradients[gradient] = {n: (c.weight.grad, c.signs()) for n, c in ternary_layers(model).items()}
+    for name, (of_kernel, signs) in gradients["kernel"].items():
+        scaled = of_kernel * ternary_scale(signs)
+        # The same FP32 sums, multiplied afterwards.
+        torch.testing.assert_close(gradients["signs"][name][0], scaled, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("weights", ["ternary", "binary"])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..errors import StudyError, closest
 
 RAMP_EPOCHS = 100
+SE_SPARSITY = 0.9
 # Group: (which parameters, share of zeros at the end of the ramp).
 GROUPS: dict[str, tuple[str, float]] = {
-    "se": (r"blocks\.[23]\.[01]\.se\.conv_(reduce|expand)\.weight", 0.9),
+    "se": (r"blocks\.[23]\.[01]\.se\.conv_(reduce|expand)\.weight", SE_SPARSITY),
     "dw": (r"blocks\.[23]\.[01]\.conv_dw(\.[012])?\.weight", 0.5),
     "classifier": (r"classifier\.weight", 0.9),
 }
@@ -54,19 +55,30 @@ class Pruner:
     weights : FP32 (master) weights by state-dict name
     pruner : "none", "V1" (se), "V2" (se + dw) or "V3" (se + dw + classifier)
     ramp_epochs : epochs until the target sparsity is reached
+    se_sparsity : target of the group "se"
+
+    Attributes: ``targets``, the share of zeros at the end of the ramp by group.
     """
 
-    def __init__(self, weights: dict[str, Tensor], pruner: str = "V2", ramp_epochs: int = RAMP_EPOCHS):
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        pruner: str = "V2",
+        ramp_epochs: int = RAMP_EPOCHS,
+        se_sparsity: float = SE_SPARSITY,
+    ):
         if pruner not in PRUNERS:
             raise StudyError(f"pruner {pruner!r} is unknown; {closest(pruner, PRUNERS)}")
         self.ramp_epochs = ramp_epochs
         self.weights: dict[str, Tensor] = {}
         self.target: dict[str, float] = {}
         self.group: dict[str, str] = {}
-        for group in PRUNERS[pruner]:
-            pattern, target = GROUPS[group]
+        self.targets = {group: GROUPS[group][1] for group in PRUNERS[pruner]}
+        if "se" in self.targets:
+            self.targets["se"] = se_sparsity
+        for group, target in self.targets.items():
             for name, weight in weights.items():
-                if re.fullmatch(pattern, name):
+                if re.fullmatch(GROUPS[group][0], name):
                     self.weights[name], self.target[name], self.group[name] = weight, target, group
         self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
 

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StudyError
+from .architecture import WEIGHTS
 
 # The published threshold in standard deviations. Phi^-1(0.75) = 0.67449 would make half of a
 # normal tensor zero; the schedule climbs to that, the constant afterwards is the published 0.67749.
 ALPHA = 0.67749
 
-WEIGHTS = ("ternary", "binary", "float")
+# Of which tensor the float weight gets the gradient: K as published, or T, so sqrt(M) times that.
+GRADIENTS = ("kernel", "signs")
 
 
 def ternarize(weight: Tensor, alpha: float = ALPHA) -> Tensor:
@@ -71,8 +73,10 @@ class TernaryConv2d(nn.Conv2d):
     In training the scale is folded into the kernel (one pass over the small tensor); in eval
     mode it multiplies the output, as the score counts it.
 
-    Attributes: ``alpha`` (float), ``weights`` ("ternary" or "binary").
+    Attributes: ``alpha`` (float), ``weights`` ("ternary" or "binary"), ``gradient`` (one of GRADIENTS).
     """
+
+    gradient = "kernel"
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 1, *, weights: str, alpha: float
@@ -88,10 +92,15 @@ class TernaryConv2d(nn.Conv2d):
         return binarize(self.weight) if self.weights == "binary" else ternarize(self.weight, self.alpha)
 
     def kernel(self) -> Tensor:
-        """K = sqrt(M) * T, of the kernel's shape, in the weight's dtype; dL/dK goes to W unchanged."""
+        """K = sqrt(M) * T, of the kernel's shape, in the weight's dtype.
+
+        W gets dL/dK unchanged; where ``gradient`` is "signs", dL/dT = sqrt(M) * dL/dK.
+        """
         signs = self.signs()
-        kernel = (signs * ternary_scale(signs)).to(self.weight.dtype)
-        return kernel + (self.weight - self.weight.detach())  # plus 0, which has the gradient
+        scale = ternary_scale(signs)
+        kernel = (signs * scale).to(self.weight.dtype)
+        zero = self.weight - self.weight.detach()  # which has the gradient
+        return kernel + (zero * scale.to(zero.dtype) if self.gradient == "signs" else zero)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -148,6 +157,12 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
     """Set the threshold of every ternary layer (binary ones ignore it)."""
     for layer in ternary_layers(model).values():
         layer.alpha = alpha
+
+
+def set_gradient(model: nn.Module, gradient: str) -> None:
+    """Choose which gradient the float weights of all ternary layers get, one of GRADIENTS."""
+    for layer in ternary_layers(model).values():
+        layer.gradient = gradient
 
 
 def freeze_ternary(model: nn.Module) -> None:

@@ -1,106 +1,252 @@
-"""Ablations: one choice changed at a time, each row trained, pruned, tested and scored by itself."""
+"""Ablations: every row of a grid for every seed, then each row compared with the first of its factor.
+
+``ablations.yaml`` says which rows there are (:mod:`.grid`), :mod:`.grid_runs` computes what they need,
+:mod:`.statistics` says what the differences tell.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import datetime
+import functools
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
-from torch import nn
 
-from ..measure.evaluation import evaluate
-from ..measure.scoring import score
-from ..training.stages import prune, train
-from .run import Study
+from ..errors import StudyError
+from ..files import atomic_write, lock_folder
+from ..training.records import Progress, shown_progress
+from .grid import Grid
+from .grid_runs import Plan, finished, perform, plan, source_of, versions
+from .profile import Profile
+from .statistics import effect
+
+MEASURED = ("top1", "top5", "loss", "params", "flops", "score")
+# Digits of the tables: a hundredth of a percent is one of 10,000 images.
+DIGITS = {
+    **dict.fromkeys(("mean", "sd", "difference", "low", "high", "top1", "top5"), 3),
+    **{"loss": 4, "train_loss": 4, "p": 5, "params": 1, "flops": 0, "score": 8},
+}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: what differs from the baseline.
+class Results:
+    """What a grid came to.
 
-    network : changes to :func:`build_msunet`'s arguments
-    train : changes to the profile's ``ablation`` stage
-    pruner : "none", "V1", "V2" or "V3", run as the profile's ``ablation_prune`` stage after training
-    opt_level : at which the result is tested and scored
+    table : by row: ``choice``, ``value``; ``n`` seeds; top-1 in percent of the test images as ``mean`` and
+        ``sd`` over them; the ``difference`` to the first level of its factor, pair by pair, in points, with
+        its 95 % interval ``low`` .. ``high``, ``p`` and whether it is ``resolved``; ``params``, ``flops``
+        and ``score``, means over seeds; what ``failed``
+    seeds : by row and ``seed``: ``top1``, ``top5``, ``loss``, ``params``, ``flops``, ``score``, ``failed``
+    curves : by row and ``epoch`` of training: ``train_loss``, ``top1``, means over seeds
+    provenance : how it was made
     """
 
-    choice: str
-    value: str
-    network: dict = field(default_factory=dict)
-    train: dict = field(default_factory=dict)
-    pruner: str = "none"
-    opt_level: str = "O3"
+    table: pd.DataFrame
+    seeds: pd.DataFrame
+    curves: pd.DataFrame
+    provenance: dict
 
 
-# v3, ternary, CutMix with consistency as described, not pruned, O3.
-BASELINE = Row("baseline", "v3")
-# The baseline's value of each choice is the baseline row itself.
-ROWS: tuple[Row, ...] = (
-    BASELINE,
-    Row("weights", "float", network={"weights": "float"}),
-    Row("weights", "binary", network={"weights": "binary"}),
-    Row("alpha", "0.3", train={"alpha": 0.3}),
-    Row("alpha", "1.0", train={"alpha": 1.0}),
-    Row("CutMix", "off", train={"cutmix_probability": 0.0}),
-    Row("consistency", "off", train={"consistency": "off"}),
-    Row("consistency", "as released", train={"consistency": "as-released"}),
-    Row("pruner", "V1", pruner="V1"),
-    Row("pruner", "V2", pruner="V2"),
-    Row("pruner", "V3", pruner="V3"),
-    Row("opt level", "O0", pruner="V2", opt_level="O0"),
-    Row("opt level", "O2", pruner="V2", opt_level="O2"),
-    Row("variant", "v1 (pruner V1, O0)", network={"variant": "v1"}, pruner="V1", opt_level="O0"),
-    Row("variant", "v2 (pruner V2)", network={"variant": "v2"}, pruner="V2"),
-)
+def run_ablations(
+    profile: Profile,
+    grid: Grid,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    scheduler: str | None = None,
+    progress: bool | Progress = True,
+) -> Results:
+    """Compute what is not finished yet of a grid, write its tables, and return them.
 
+    Parameters
+    ----------
+    profile, grid : as of :func:`load_grid`
+    out : folder; gets ``<profile>.csv``, ``<profile>_seeds.csv``, ``<profile>_curves.csv``,
+        ``<profile>_provenance.json`` and, in ``<profile>/``, a folder for each run and seed
+    jobs : processes of this machine, which share its cores; 1 is this process itself
+    scheduler : address of a running Dask cluster instead, whose workers see ``out`` and the data
+    progress : True for one line with an ETA over all rows, False for silence, or a callable
 
-def run_ablations(study: Study, rows: Iterable[Row] = ROWS) -> pd.DataFrame:
-    """Run every row and tabulate it; rows that share a training or pruning run share it on disk too.
+    A row that fails says why in the table and the others go on; the same call tries it again.
 
-    Returns
-    -------
-    DataFrame: choice, value, top1, top5 (percent of the test images), loss, params, flops, score
+    Raises
+    ------
+    StudyError : no such data or scheduler, a folder that cannot be written or is in use
     """
-    profile = study.profile
-    data = study.limited_data(profile.ablation_limit)
-    networks: dict[str, nn.Module] = {}
-    table = []
-    for row in rows:
-        shape = {"width": profile.ablation_width, **row.network}
-        if shape.get("variant") == "v2":
-            shape["variant"] = "v1"  # the same network, trained the same way: the run is shared
-        trained = _slug(shape | row.train)
-        if trained not in networks:
-            config = dataclasses.replace(profile.ablation, **row.train)
-            folder = study.folder / "ablations" / trained
-            networks[trained] = train(study.network(**shape), data, config, folder, **study.options).model
-        ended = trained
-        if row.pruner != "none":
-            ended = f"{trained}-{row.pruner}"
-            if ended not in networks:
-                config = dataclasses.replace(profile.ablation_prune, pruner=row.pruner)
-                folder = study.folder / "ablations" / ended
-                start = copy.deepcopy(networks[trained])
-                momentum = study.momentum(f"ablations/{trained}")
-                found = prune(start, data, config, folder, momentum=momentum, **study.options)
-                networks[ended] = found.model
-        model = networks[ended]
-        found = evaluate(model, data.test_images, data.test_labels, row.opt_level)
-        cost = score(model, row.opt_level)
-        table.append(
-            {
-                "choice": row.choice,
-                "value": row.value,
-                **found,
-                "params": cost.params,
-                "flops": cost.flops,
-                "score": cost.value,
-            }
-        )
-    return pd.DataFrame(table)
+    if jobs < 1:
+        raise StudyError(f"jobs {jobs} is not 1 or more; give the number of processes")
+    began = time.time()
+    out = Path(out).absolute()
+    with lock_folder(out / profile.name):
+        todo = plan(grid, source_of(profile), out / profile.name)
+        results = {run.folder: finished(run, todo.levels.get(run.folder, ())) for run in todo.runs}
+        results = {folder: result for folder, result in results.items() if result is not None}
+        ran = len(todo.runs) - len(results)
+        if ran:
+            _compute(todo, results, jobs, scheduler, progress)
+        seeds = _by_seed(grid, todo, results)
+        path = out / f"{profile.name}_provenance.json"
+        provenance = _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
+        found = Results(tabulate(seeds), seeds, _curves(grid, todo, results), provenance)
+        for suffix, table in (("", found.table), ("_seeds", found.seeds), ("_curves", found.curves)):
+            atomic_write(out / f"{profile.name}{suffix}.csv", table.to_csv(index=False, lineterminator="\n"))
+        atomic_write(path, json.dumps(provenance, indent=1) + "\n")
+    return found
 
 
-def _slug(changes: dict) -> str:
-    return "_".join(f"{name}-{value}" for name, value in sorted(changes.items())) or "baseline"
+def read_results(out: str | Path, name: str) -> Results:
+    """The results that :func:`run_ablations` wrote for the profile of this name."""
+    out = Path(out)
+    try:
+        kinds = {**dict.fromkeys(("choice", "value", "failed"), str), "resolved": "boolean"}
+        tables = [
+            pd.read_csv(out / f"{name}{suffix}.csv", dtype=kinds, keep_default_na=False, na_values=[""])
+            for suffix in ("", "_seeds", "_curves")
+        ]
+        return Results(*tables, json.loads((out / f"{name}_provenance.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"{out}/{name}*.csv cannot be read ({error}); make ablations PROFILE={name}"
+        ) from error
+
+
+def _compute(todo: Plan, results: dict[Path, dict], jobs: int, scheduler, progress) -> None:
+    left = [run for run in todo.runs if run.folder not in results]
+    total = sum(run.work for run in left)
+    done = dict.fromkeys([run.folder for run in left], 0.0)
+    work = {run.folder: run.work for run in left}
+
+    with shown_progress(progress) as show:
+
+        def at(folder: Path, part: float) -> None:
+            done[folder] = max(done[folder], part)
+            ended = sum(part == 1 for part in done.values())
+            share = sum(work[folder] * part for folder, part in done.items())
+            show(min(total, int(share)), total, f"ablations, {ended} of {len(left)} runs")
+
+        if scheduler or jobs > 1:
+            from .cluster import on_cluster  # importing Dask takes a second
+
+            results |= on_cluster(left, todo.levels, dict(results), at, jobs=jobs, scheduler=scheduler)
+            return
+        for run in left:
+            before = results.get(run.start.folder) if run.start else None
+            report = functools.partial(at, run.folder)
+            results[run.folder] = perform(run, todo.levels.get(run.folder, ()), before, report)
+            report(1.0)
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def _by_seed(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
+    rows = []
+    for place, row in enumerate(grid.rows):
+        for seed in grid.seeds:
+            result = results[todo.ends[place, seed].folder]
+            tested = result.get("tests", {}).get(row.profile.ablation_opt_level, {})
+            rows.append(
+                {
+                    **{"choice": row.choice, "value": row.value, "seed": seed},
+                    **{name: tested.get(name, math.nan) for name in MEASURED},
+                    "failed": result.get("failed"),
+                }
+            )
+    return pd.DataFrame(rows).astype({"failed": str}).round(DIGITS)
+
+
+def tabulate(seeds: pd.DataFrame) -> pd.DataFrame:
+    """The table of :class:`Results` from its rows by seed; the first level of a factor is its reference."""
+    rows, references = [], {}
+    for (choice, value), row in seeds.groupby(["choice", "value"], sort=False):
+        top1 = row.set_index("seed")["top1"].dropna()
+        reference = references.setdefault(choice, top1)
+        both = top1.index.intersection(reference.index)
+        line = {"choice": choice, "value": value, "n": len(top1), "mean": top1.mean(), "sd": top1.std()}
+        compared = dict.fromkeys(("difference", "low", "high", "p", "resolved"))
+        if reference is not top1 and len(both):
+            found = effect(top1[both], reference[both])
+            compared = {name: getattr(found, name) for name in compared}
+        cost = {name: row[name].mean() for name in ("params", "flops", "score")}
+        rows.append({**line, **compared, **cost, "failed": _failures(row)})
+    kinds = {**dict.fromkeys(("difference", "low", "high", "p"), float), "resolved": "boolean", "failed": str}
+    return pd.DataFrame(rows).astype(kinds).round(DIGITS)
+
+
+def _failures(row: pd.DataFrame) -> str | None:
+    failed = row.dropna(subset="failed")
+    if failed.empty:
+        return None
+    first = failed.iloc[0]
+    return f"{len(failed)} of {len(row)} seeds, seed {first['seed']}: {first['failed']}"
+
+
+def _curves(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
+    """Of every training in which a row differs from the others of its factor, or that all of them share."""
+    rows, known = [], set()
+    for place, row in enumerate(grid.rows):
+        runs = [todo.ends[place, seed] for seed in grid.seeds]
+        trainings = [run.start or run for run in runs]
+        if (row.choice, trainings[0].folder) in known:
+            continue
+        known.add((row.choice, trainings[0].folder))
+        curves = [pd.DataFrame(results[run.folder].get("curve", [])) for run in trainings]
+        curves = pd.concat([curve.astype(float) for curve in curves if len(curve)] or [pd.DataFrame()])
+        if len(curves):
+            mean = curves.groupby("epoch", as_index=False).mean().astype({"epoch": int})
+            mean.insert(0, "choice", row.choice)
+            mean.insert(1, "value", row.value)
+            rows.append(mean)
+    columns = ["choice", "value", "epoch", "train_loss", "top1"]
+    return pd.concat(rows or [pd.DataFrame(columns=columns)], ignore_index=True).round(DIGITS)
+
+
+def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler) -> dict:
+    """How the tables were made; without a path, since they are published."""
+    base, run = grid.rows[0].profile, todo.runs[0]
+    data = run.data.load()
+    made = {
+        "profile": profile.name,
+        "grid": hashlib.sha256(repr([(row.label, row.profile) for row in grid.rows]).encode()).hexdigest()[
+            :16
+        ],
+        "seeds": list(grid.seeds),
+        "rows": len(grid.rows),
+        "runs": len(todo.runs),
+        "budget": {
+            "width": base.ablation_width,
+            "training_images": len(data.train_images),
+            "test_images": len(data.test_images),
+            "classes": data.num_classes,
+            "epochs": base.ablation.epochs,
+            "image_sizes": list(base.ablation.image_sizes),
+            "batch_size": base.ablation.batch_size,
+            "pruning_epochs": base.ablation_prune.epochs,
+        },
+        "data": {"name": Path(run.data.source).name, "fingerprint": data.fingerprint},
+    }
+    try:
+        before = json.loads(path.read_text())
+        before = before if {**before, **made} == before else {}
+    except (OSError, ValueError, TypeError):
+        before = {}
+    if before and not ran:
+        return before
+    now = datetime.datetime.fromtimestamp(began).astimezone().isoformat(timespec="seconds")
+    succeeded = [result for result in results.values() if "tests" in result]
+    return {
+        **made,
+        "command": f"python -m msunet_core ablations --profile {profile.name} "
+        + ("--scheduler ADDRESS" if scheduler else f"--jobs {jobs}"),
+        "started": before.get("started", now),
+        "wall_seconds": round(before.get("wall_seconds", 0) + time.time() - began),
+        "seconds_of_all_runs": round(sum(result["seconds"] for result in succeeded)),
+        "processors": sorted({result["cpu"] for result in succeeded}),
+        "threads_per_run": sorted({result["threads"] for result in succeeded}),
+        **versions(),
+    }

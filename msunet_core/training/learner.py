@@ -17,7 +17,7 @@ from ..errors import StudyError
 from ..fast.accelerate import accelerate
 from ..model.precision import BACKOFF_FACTOR, GROWTH_FACTOR, GROWTH_INTERVAL, LOSS_SCALE
 from ..model.pruning import Pruner
-from ..model.ternary import freeze_ternary, set_alpha, ternary_layers
+from ..model.ternary import freeze_ternary, set_alpha, set_gradient, ternary_layers
 from .distributed import Processes, synchronise_batch_norm
 from .masters import MasterWeights
 from .recipe import StageConfig
@@ -78,6 +78,7 @@ class Learner:
         self.model = model
         if config.freeze_ternary:
             freeze_ternary(model)
+        set_gradient(model, config.ternary_gradient)
         self.processes = processes or Processes()
         self.rows = self.unsynchronised = None
         if self.processes.world > 1:
@@ -116,13 +117,18 @@ class Learner:
             enabled=config.opt_level in ("O1", "O2"),
         )
         prunable = {**self.masters.frozen, **parameters}
-        self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs)
+        self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs, config.se_sparsity)
         self.image_size = IMAGE_SIZE
 
     def take_momentum(self, momentum: dict[str, Tensor]) -> None:
         """Begin with this momentum of SGD, by parameter name; what is not named, or frozen now, with none."""
         for name, parameter in self.masters.parameters.items():
             if name in momentum:
+                if momentum[name].shape != parameter.shape:
+                    raise StudyError(
+                        f"the momentum of {name} has shape {tuple(momentum[name].shape)}, "
+                        f"not {tuple(parameter.shape)}; give that of this network's training"
+                    )
                 self.sgd.state[parameter]["momentum_buffer"].copy_(momentum[name])
 
     def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:

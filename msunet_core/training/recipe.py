@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..data.cutmix import CONSISTENCY
 from ..data.images import IMAGE_SIZE
 from ..errors import StudyError, closest
 from ..model.precision import OPT_LEVELS
-from ..model.pruning import PRUNERS, RAMP_EPOCHS
+from ..model.pruning import PRUNERS, RAMP_EPOCHS, SE_SPARSITY
+from ..model.ternary import GRADIENTS
 
 SCHEDULES = ("step", "cosine", "one-cycle")
+# Of a field that came later than checkpoints which are still resumed: its default is what they had.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,12 @@ class StageConfig:
     alpha_start: int = 20
     alpha_end: int = 400
     freeze_ternary: bool = False
+    # What the float weights get: dL/dK ("kernel", as published) or dL/dT ("signs").
+    ternary_gradient: str = field(default="kernel", metadata=LATER)
     opt_level: str = "O0"
     pruner: str = "none"
     ramp_epochs: int = RAMP_EPOCHS
+    se_sparsity: float = field(default=SE_SPARSITY, metadata=LATER)
     checkpoint_every: int = 1
     evaluate_every: int = 1
     # With several processes: batch norm over the whole batch, as one process has it. False, over the images
@@ -69,6 +75,7 @@ class StageConfig:
             ("erase_probability", 0, 1),
             ("cutmix_probability", 0, 1),
             ("ramp_epochs", 0, 100_000),
+            ("se_sparsity", 0, 1),
             ("checkpoint_every", 1, 100_000),
             ("evaluate_every", 1, 100_000),
         ):
@@ -85,6 +92,7 @@ class StageConfig:
             ("consistency", CONSISTENCY),
             ("opt_level", OPT_LEVELS),
             ("pruner", PRUNERS),
+            ("ternary_gradient", GRADIENTS),
         ):
             value = getattr(self, name)
             if value not in choices:

@@ -1,0 +1,146 @@
+"""The runs of a grid on Dask: on processes of this machine, or on any cluster that is running.
+
+Dask starts the processes, gives each its next run, replaces those that die and gives their run to another,
+which goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import torch
+from distributed import Client, LocalCluster, get_worker, wait
+from distributed.scheduler import KilledWorker
+
+from ..errors import StudyError
+from .grid_runs import Run, perform
+from .provenance import usable_cores
+
+PATIENCE = 30  # seconds for a scheduler to answer and to have a worker
+TOPIC = "msunet-ablations"
+# A process computes one run at a time, however many threads its worker has: the random state, the number of
+# threads and the memory of a training are the process's.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def on_cluster(
+    runs: list[Run],
+    levels: dict[Path, tuple[str, ...]],
+    before: dict[Path, dict],
+    at: Callable[[Path, float], None],
+    *,
+    jobs: int = 2,
+    scheduler: str | None = None,
+) -> dict[Path, dict]:
+    """What the runs come to, by folder.
+
+    Parameters
+    ----------
+    runs : to compute, each after the one it starts from
+    levels : opt levels to test at, by folder
+    before : results that are there already, by folder
+    at : told how far each run is, 0 to 1; only in this thread
+    jobs : processes to start on this machine, where no scheduler is named
+    scheduler : address of a running one, as tcp://host:8786; its workers must see the folders and the data
+
+    Raises
+    ------
+    StudyError : no scheduler there, no worker, or the scheduler went away
+    """
+    with _client(jobs, scheduler) as client:
+        shares = _shares(client)
+        futures, parts = {}, {}
+        client.subscribe_topic(
+            TOPIC, lambda event: parts.update({Path(event[1]["folder"]): event[1]["part"]})
+        )
+        for run in runs:
+            start = None
+            if run.start is not None:
+                start = futures.get(run.start.folder, before.get(run.start.folder))
+            futures[run.folder] = client.submit(
+                _perform, run, levels.get(run.folder, ()), start, shares, key=f"{run.folder}-{time.time_ns()}"
+            )
+        pending = {future: folder for folder, future in futures.items()}
+        found = {}
+        while pending:
+            try:
+                wait(list(pending), timeout=1, return_when="FIRST_COMPLETED")
+            except TimeoutError:  # a second has passed: time to look how far they are
+                pass
+            except CancelledError as error:
+                raise StudyError(
+                    "the scheduler went away; run the same command again to go on where the runs are"
+                ) from error
+            for folder, part in list(parts.items()):
+                at(folder, part)
+            for future in [future for future in pending if future.done()]:
+                folder = pending.pop(future)
+                found[folder] = _result(future)
+                at(folder, 1.0)
+        return found
+
+
+def _perform(run: Run, levels: tuple[str, ...], before: dict | None, shares: dict[str, int]) -> dict:
+    """In a worker: one run, with this process's share of the machine's cores."""
+    worker = get_worker()
+    told = 0.0
+
+    def report(part: float) -> None:
+        nonlocal told
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            worker.log_event(TOPIC, {"folder": str(run.folder), "part": part})
+
+    with _ONE_AT_A_TIME:
+        torch.set_num_threads(max(1, usable_cores() // shares.get(worker.ip, 1)))
+        return perform(run, levels, before, report)
+
+
+def _shares(client: Client) -> dict[str, int]:
+    """How many workers there are on each machine, by its address."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return dict(collections.Counter(worker["host"] for worker in workers.values()))
+
+
+def _result(future) -> dict:
+    try:
+        return future.result()
+    except KilledWorker as error:
+        times = "once" if error.allowed_failures == 0 else f"{error.allowed_failures + 1} times"
+        return {"failed": f"its worker died {times}; was the memory enough? (its last checkpoint is kept)"}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"}
+
+
+@contextlib.contextmanager
+def _client(jobs: int, scheduler: str | None) -> Iterator[Client]:
+    """A client of the scheduler that is named, or of processes of our own that end with it."""
+    quiet = logging.CRITICAL  # what matters is told by StudyError, in one line
+    logging.getLogger("distributed").setLevel(quiet)
+    if scheduler is None:
+        cluster = LocalCluster(jobs, threads_per_worker=1, dashboard_address=None, silence_logs=quiet)
+        with cluster, Client(cluster) as client:
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=PATIENCE)
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"no scheduler answers at {scheduler!r}; start `dask scheduler` and `dask worker ADDRESS`, "
+            "or leave it out for processes of this machine"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except TimeoutError as error:
+            raise StudyError(
+                f"scheduler {scheduler} has no worker; start `dask worker {scheduler}`"
+            ) from error
+        yield client

@@ -1,0 +1,232 @@
+"""What a grid computes: trainings and prunings, each once, in a folder of its own.
+
+A :class:`Run` is described whole, so any process on any machine that sees its folder can compute it. What was
+finished there is read and not computed again; what was cut off goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.images import IMAGE_SIZE, ImageData
+from ..data.sources import load_data
+from ..errors import StudyError
+from ..files import atomic_write
+from ..measure.evaluation import evaluate
+from ..measure.scoring import score
+from ..model.checkpoint import load_checkpoint, read_momentum
+from ..training.recipe import StageConfig
+from ..training.resume import recipe_of
+from ..training.schedules import image_size_of_epoch
+from ..training.stages import CHECKPOINT, prune, train
+from .grid import Grid, Row
+from .profile import Profile
+from .provenance import git_state, hardware, recorded_stage
+from .run import new_network
+
+RESULT = "result.json"
+PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of a grid, as each process loads them for itself.
+
+    source, limit, seed, cache : as of :func:`load_data`
+    fingerprint : of what they must turn out to be
+    """
+
+    source: str
+    limit: int | None
+    seed: int
+    cache: str
+    fingerprint: str = ""
+
+    def load(self) -> ImageData:
+        """The images; the last ones loaded are kept by the process."""
+        data = _load(self.source, self.limit, self.seed, self.cache)
+        if self.fingerprint not in ("", data.fingerprint):
+            raise StudyError(
+                f"data {self.source} have fingerprint {data.fingerprint} here, {self.fingerprint} where the "
+                "grid was started; give all workers the same images"
+            )
+        return data
+
+
+@functools.lru_cache(maxsize=1)
+def _load(source: str, limit: int | None, seed: int, cache: str) -> ImageData:
+    return load_data(source, limit=limit, seed=seed, cache=cache)
+
+
+def source_of(profile: Profile) -> Source:
+    """The images that a profile's ablations take: at most ``ablation_limit`` of each class and split."""
+    own = profile.data
+    limits = [limit for limit in (own.limit, profile.ablation_limit) if limit is not None]
+    path = Path(own.source).expanduser()
+    name = str(path.absolute()) if path.exists() else own.source
+    source = Source(name, min(limits, default=None), profile.seed, str(Path("data").absolute()))
+    return dataclasses.replace(source, fingerprint=source.load().fingerprint)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or one pruning of what a training ended with.
+
+    folder : it has ``result.json`` once the run is finished, beside what a stage leaves
+    seed : of the initial weights, the order of the images and their augmentation
+    network : arguments of build_msunet
+    config : the stage
+    data : the images
+    start : the training that a pruning goes on from
+    device : where it is computed
+    """
+
+    folder: Path
+    seed: int
+    network: dict
+    config: StageConfig
+    data: Source
+    start: Run | None = None
+    device: str = "auto"
+
+    @property
+    def work(self) -> int:
+        """How long it takes beside other runs: thousandths of a pass over all images at their full size."""
+        config = self.config
+        passes = 1 + 2 * config.cutmix_probability * (config.consistency != "off")
+        area = sum((image_size_of_epoch(config, epoch) / IMAGE_SIZE) ** 2 for epoch in range(config.epochs))
+        return max(1, round(1000 * passes * area))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grid needs.
+
+    ends : the run that each row (by its place in the grid) ends with, by seed
+    runs : all of them once, a training before its prunings, seed by seed, so that an interrupted grid has
+        whole seeds
+    levels : the opt levels at which each run's network is tested, by its folder
+    """
+
+    ends: dict[tuple[int, int], Run]
+    runs: list[Run]
+    levels: dict[Path, tuple[str, ...]]
+
+
+def plan(grid: Grid, data: Source, out: Path) -> Plan:
+    """Which runs the rows of a grid come to; rows that would compute the same thing share it."""
+    runs: dict[tuple, Run] = {}
+    levels: dict[Path, set[str]] = {}
+
+    def shared(kind: str, row: Row, seed: int, config: StageConfig, start: Run | None = None) -> Run:
+        network = dataclasses.asdict(row.profile.network) | {"width": row.profile.ablation_width}
+        if network["variant"] == "v2":
+            network["variant"] = "v1"  # the same network, trained the same way
+        came_from = start and start.folder.parent.name
+        whole = [network, recipe_of(config, 1), config.epochs, data.fingerprint, came_from]
+        digest = hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=4).hexdigest()
+        words = "".join(c if c.isalnum() or c == "." else "-" for c in f"{row.choice}-{row.value}")
+        folder = out / f"{kind}-{words}-{digest}" / f"seed-{seed}"
+        run = Run(folder, seed, network, config, data, start, row.profile.device)
+        return runs.setdefault((kind, digest, seed), run)
+
+    ends = {}
+    for seed in grid.seeds:
+        for place, row in enumerate(grid.rows):
+            run = shared("train", row, seed, row.profile.ablation)
+            if row.profile.ablation_prune.pruner != "none":
+                run = shared("prune", row, seed, row.profile.ablation_prune, run)
+            ends[place, seed] = run
+            levels.setdefault(run.folder, set()).add(row.profile.ablation_opt_level)
+    return Plan(ends, list(runs.values()), {folder: tuple(sorted(of)) for folder, of in levels.items()})
+
+
+def finished(run: Run, levels: tuple[str, ...]) -> dict | None:
+    """What a run came to, where it is finished and was tested at these levels."""
+    try:
+        result = json.loads((run.folder / RESULT).read_text())
+        return result if set(levels) <= set(result["tests"]) else None
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by who copied it
+        return None
+
+
+def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Callable[[float], None]) -> dict:
+    """Compute a run, or what of it is missing.
+
+    Parameters
+    ----------
+    levels : opt levels at which its network is tested
+    before : what the run that it starts from came to
+    report : told the share that is done, 0 to 1, after every step
+
+    Returns
+    -------
+    dict of ``tests`` (by level: top1, top5, loss, params, flops, score), ``curve`` (by epoch: train_loss,
+    top1), ``seconds``, ``cpu``, ``threads``; or of ``failed``, one line that says why
+    """
+    if before and "failed" in before:
+        return {"failed": f"its training failed: {before['failed']}"}
+    try:
+        with recorded_stage(run.folder, run.folder.parent.parent.name, run.seed):
+            return _perform(run, levels, report)
+    except Exception as error:  # whatever it was, the other rows go on
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        return {"failed": reason if isinstance(error, StudyError) else f"{type(error).__name__}: {reason}"}
+
+
+def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None]) -> dict:
+    began = time.time()
+    data = run.data.load()
+    options = {
+        "seed": run.seed,
+        "device": run.device,
+        "progress": lambda done, total, text: report(0.95 * done / total),  # the rest is the test
+    }
+    if run.start is None:
+        network = new_network(Profile(seed=run.seed), data.num_classes, **run.network)
+        ended = train(network, data, run.config, run.folder, **options)
+    else:
+        path = run.start.folder / CHECKPOINT
+        network, momentum = load_checkpoint(path)[0], read_momentum(path)
+        ended = prune(network, data, run.config, run.folder, momentum=momentum, **options)
+    tests = {}
+    for level in levels:
+        found, cost = (
+            evaluate(ended.model, data.test_images, data.test_labels, level),
+            score(ended.model, level),
+        )
+        tests[level] = {**found, "params": cost.params, "flops": cost.flops, "score": cost.value}
+    history = ended.history[["epoch", "train_loss", "test_top1"]].rename(columns={"test_top1": "top1"})
+    result = {
+        "tests": tests,
+        # JSON knows no NaN: epochs that were not tested have None.
+        "curve": history.astype(object).where(history.notna(), None).to_dict("records"),
+        "seconds": round(time.time() - began, 1),
+        "cpu": hardware()["cpu"],
+        "threads": torch.get_num_threads(),
+    }
+    atomic_write(
+        run.folder / RESULT, json.dumps(result, indent=1) + "\n"
+    )  # last: with it, the run is finished
+    return result
+
+
+def versions() -> dict:
+    """What the numbers depend on besides the recipe: Python, packages, hardware, commit."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": hardware(),
+        "git": git_state(),
+    }
