@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from msunet_core.data.images import MEAN, STD
-from msunet_core.model.network import V3_BLOCKS, split_channels
+from msunet_core.model.architecture import V3_BLOCKS, split_channels
 from msunet_core.model.ternary import ALPHA
 
 

@@ -25,7 +25,7 @@ myst_heading_anchors = 3
 numfig = True
 numfig_format = {"figure": "Figure %s"}
 highlight_language = "python"
-suppress_warnings = ["mystnb.unknown_mime_type", "myst.xref_missing"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "furo"
 html_title = project

@@ -8,19 +8,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .data.sources import hold_out, load_data, save_npz
-from .errors import StudyError
+from .errors import StudyError, one_line
+from .files import read_text
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.scoring import score
 from .measure.unpack import load_network, shipped, unpack
 from .model.checkpoint import load_checkpoint, read_momentum
 from .model.precision import OPT_LEVELS
-from .study.ablations import run_ablations
 from .study.grid import GRID, load_grid
 from .study.profile import Profile, load_profile, profile_names
-from .study.provenance import recorded_stage
+from .study.provenance import recorded_stage, usable_cores
 from .study.run import new_network, runs_folder
 from .training.distributed import first_to_fail, rank
 from .training.stages import CHECKPOINT, prune, resolve_device, train
@@ -28,8 +29,15 @@ from .training.stages import CHECKPOINT, prune, resolve_device, train
 SOURCES_HELP = "synthetic, cifar100, an .npz or a folder"
 
 
+class OneLine(argparse.ArgumentParser):
+    """Refuses in one line, as everything here does; ``--help`` says how it is used."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(f'{message}; see {self.prog} --help')}\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m msunet_core", description=__doc__.splitlines()[0])
+    top = OneLine(prog="python -m msunet_core", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(
         dest="command", required=True, metavar="{data,train,prune,ablations,validate,score,pack}"
     )
@@ -70,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ablating.add_argument("--grid", type=Path, default=GRID, help="a file such as ablations.yaml")
     ablating.add_argument("--only", nargs="+", default=[], metavar="FACTOR", help="these factors alone")
-    ablating.add_argument("--jobs", type=int, default=1, help="processes that share the cores (default 1)")
+    ablating.add_argument("--jobs", type=int, default=usable_cores(), help="processes that share the cores")
     ablating.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster, as tcp://host:8786")
     ablating.add_argument("--out", type=Path, help="folder of tables and runs (default runs/ablations)")
     ablating.set_defaults(run=run_grid)
@@ -169,6 +177,8 @@ def _recorded(folder: Path, profile: Profile) -> contextlib.AbstractContextManag
 
 
 def run_grid(arguments: argparse.Namespace) -> None:
+    from .study.ablations import run_ablations  # importing SciPy takes a second
+
     profile = _profile(arguments)
     grid = load_grid(profile, arguments.grid, only=arguments.only)
     out = arguments.out or runs_folder() / "ablations"
@@ -176,7 +186,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     shown = found.table.drop(columns=["params", "flops", "failed"])
     print(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.6g}"))
     print(f"{out / profile.name}.csv: {len(found.table)} rows of {len(grid.seeds)} seeds")
-    if failed := [f"{row.choice}: {row.value}" for row in found.table.itertuples() if row.failed]:
+    if failed := [f"{row.choice}: {row.value}" for row in found.table.dropna(subset="failed").itertuples()]:
         raise StudyError(
             f"{len(failed)} of {len(found.table)} rows failed ({', '.join(failed)}), the table says why; "
             "the same command tries them again"
@@ -227,8 +237,8 @@ def run_pack(arguments: argparse.Namespace) -> None:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not a JSON file ({error}); correct it") from error
 
 

@@ -1,58 +1,422 @@
-"""Ablation rows come from runs, and rows that need the same run share it."""
+"""A grid is data; its runs are shared, resumed and never repeated, wherever they are computed."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
 import pytest
 
-from msunet_core import evaluate, load_checkpoint, score
+from msunet_core import StudyError, evaluate, load_checkpoint, score
+from msunet_core.__main__ import main
 from msunet_core.data.sources import save_npz
-from msunet_core.study.ablations import BASELINE, ROWS, Row, run_ablations
-from msunet_core.study.run import Study
+from msunet_core.files import ROOT
+from msunet_core.study import ablations, cluster
+from msunet_core.study.ablation_figures import pareto, plot_effects, plot_factor_curves, plot_front
+from msunet_core.study.ablations import read_results, run_ablations, tabulate
+from msunet_core.study.findings import budget_of, claims_beside_findings, resolved_rows
+from msunet_core.study.grid import GRID, load_grid
+from msunet_core.study.profile import load_profile, profile_names
 from msunet_core.training.stages import CHECKPOINT
+
+TINY = ["ablation_width=0.0625", "ablation.image_sizes=[]"]
+for stage in ("ablation", "ablation_prune"):
+    TINY += [f"{stage}.epochs=1", f"{stage}.batch_size=8"]
+FACTORS = {
+    "weights": {"ternary": {}, "float": {"network.weights": "float"}},
+    "pruner": {"none": {}, "V2": {"ablation_prune.pruner": "V2"}},
+    "opt level": {
+        "O3": {"ablation_prune.pruner": "V2"},
+        "O0": {"ablation_prune.pruner": "V2", "ablation_opt_level": "O0"},
+    },
+}
+
+
+# Weight decay that turns weights over and makes them a hundred times larger in every step.
+WILD = {"ablation.lr": 100, "ablation.weight_decay": 1, "ablation.epochs": 20}
 
 
 @pytest.fixture
-def study(images, tmp_path, monkeypatch):
-    monkeypatch.setenv("MSUNET_RUNS", str(tmp_path))
+def data(images, tmp_path):
     save_npz(images, tmp_path / "images.npz")
-    tiny = "ablation_width=0.0625"
-    for stage in ("ablation", "ablation_prune"):
-        tiny += f" {stage}.epochs=1 {stage}.batch_size=8"
-    return Study("smoke", data=str(tmp_path / "images.npz"), run="tiny", device="cpu", overrides=tiny)
+    return str(tmp_path / "images.npz")
 
 
-def test_every_choice_of_the_study_has_its_rows():
-    values = {(row.choice.split(" ")[0], row.value.split(" ")[0]) for row in ROWS}
-    assert values >= {
-        *(("weights", value) for value in ("float", "binary")),
-        ("CutMix", "off"),
-        ("opt", "O0"),
-        ("opt", "O2"),
-        *(("consistency", value) for value in ("off", "as")),
-        *(("pruner", value) for value in ("V1", "V2", "V3")),
-        *(("variant", value) for value in ("v1", "v2")),
+@pytest.fixture
+def tiny(data):
+    """The smoke profile with a network and stages that take a tenth of a second; and overrides."""
+
+    def make(*overrides):
+        return load_profile("smoke", data=data, device="cpu", overrides=[*TINY, *overrides])
+
+    return make
+
+
+# -- the grid ----------------------------------------------------------------------------------
+
+
+def test_the_study_has_a_row_for_every_choice_it_asks_about():
+    grid = load_grid(load_profile("smoke"))
+    levels = {}
+    for row in grid.rows:
+        levels.setdefault(row.choice, []).append(row.value)
+    assert levels == {
+        "baseline": ["v3"],
+        "weights": ["ternary", "binary", "float"],
+        "gradient": ["dL/dK", "dL/dT"],
+        "alpha": ["0.67749", "0.3", "1.0", "ramped"],
+        "CutMix": ["off", "on"],
+        "consistency": ["off", "as described", "as released"],
+        "random erasing": ["off", "on"],
+        "pruner": ["none", "V1", "V2", "V3"],
+        "SE sparsity": ["0.9", "0.8", "0.95"],
+        "opt level": ["O0", "O2", "O3"],
+        "variant": ["v3", "v2", "v1"],
     }
-    assert len({(row.choice, row.value) for row in ROWS}) == len(ROWS)
+    assert len(grid.seeds) >= 6
 
 
-def test_a_row_is_what_its_run_says_and_shared_runs_are_trained_once(study, images):
-    rows = (
-        BASELINE,
-        Row("weights", "float", network={"weights": "float"}),
-        Row("pruner", "V2", pruner="V2"),
-        Row("opt level", "O0", pruner="V2", opt_level="O0"),
+@pytest.mark.parametrize("name", profile_names())
+def test_the_levels_of_a_factor_differ_and_one_is_compared_with(name):
+    rows = load_grid(load_profile(name)).rows
+    for choice in {row.choice for row in rows}:
+        of = [row for row in rows if row.choice == choice]
+        assert [row.reference for row in of] == [True] + [False] * (len(of) - 1)
+        assert len({repr(row.profile) for row in of}) == len(of), choice
+
+
+def test_adding_a_row_is_editing_the_file(tmp_path):
+    edited = GRID.read_text().replace(
+        "    1.0: {ablation.alpha: 1.0}", "    1.0: {ablation.alpha: 1.0}\n    2: {ablation.alpha: 2}"
     )
-    table = run_ablations(study, rows)
-    assert list(table["value"]) == [row.value for row in rows]
-    folders = sorted(path.name for path in (study.folder / "ablations").iterdir())
-    assert len(folders) == 3, folders
-    pruned = next(name for name in folders if name.endswith("-V2"))
-    model, _ = load_checkpoint(study.folder / "ablations" / pruned / CHECKPOINT)
-    for index, level in ((2, "O3"), (3, "O0")):
-        found = evaluate(model, images.test_images, images.test_labels, level)
-        row = table.iloc[index]
-        assert {key: row[key] for key in found} == found
-        assert (row["params"], row["score"]) == (score(model, level).params, score(model, level).value)
-    assert table["params"][2] < table["params"][0] < table["params"][1]
-    again = run_ablations(study, rows)  # everything is there already
-    assert again.equals(table)
+    (tmp_path / "grid.yaml").write_text(edited)
+    before, after = (load_grid(load_profile("smoke"), path) for path in (GRID, tmp_path / "grid.yaml"))
+    (added,) = set(row.label for row in after.rows) - set(row.label for row in before.rows)
+    assert added == "alpha: 2"
+    assert next(row for row in after.rows if row.label == added).profile.ablation.alpha == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"only": ["wieghts"]}, "factor 'wieghts' is unknown; did you mean 'weights'"),
+        (
+            {"factors": {"alpha": {"1": {"ablation.alhpa": 1}}}},
+            "row alpha: 1: parameter ablation.alhpa is unknown; did",
+        ),
+        (
+            {"factors": {"weights": {"x": {"network.weights": "trinary"}}}},
+            "weights 'trinary' is unknown; did you mean",
+        ),
+        (
+            {"factors": {"alpha": {"1": {"ablation.alpha": "much"}}}},
+            "ablation.alpha is 'much', not of type float",
+        ),
+        ({"factors": {"alpha": ["1", "2"]}}, "factor alpha is .*, not a mapping"),
+        ({"seeds": []}, r"seeds \[\] are not"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\] are not"),
+    ],
+)
+def test_a_grid_that_is_wrong_is_refused_by_name(change, message):
+    with pytest.raises(StudyError, match=message) as refused:
+        load_grid(load_profile("smoke"), **change)
+    assert "\n" not in str(refused.value)
+
+
+# -- rows and runs -----------------------------------------------------------------------------
+
+
+def test_rows_are_what_their_runs_say_and_equal_runs_are_computed_once(tiny, images, tmp_path, monkeypatch):
+    profile = tiny()
+    grid = load_grid(profile, factors=FACTORS, seeds=[0, 1])
+    found = run_ablations(profile, grid, tmp_path / "out", progress=False)
+    folders = sorted(
+        path.name.rsplit("-", 1)[0] for path in (tmp_path / "out/smoke").iterdir() if path.is_dir()
+    )
+    assert folders == ["prune-pruner-V2", "train-baseline-v3", "train-weights-float"]
+    (pruned,) = (tmp_path / "out/smoke").glob("prune-*/seed-1")
+    model, _ = load_checkpoint(pruned / CHECKPOINT)
+    by = found.seeds.set_index(["choice", "value", "seed"]).sort_index()
+    for choice, value, level in (("pruner", "V2", "O3"), ("opt level", "O0", "O0")):
+        tested = evaluate(model, images.test_images, images.test_labels, level)
+        row = by.loc[choice, value, 1]
+        assert row["top1"] == pytest.approx(tested["top1"], abs=5e-4)  # three digits are written
+        assert row["score"] == pytest.approx(score(model, level).value, abs=5e-9)
+    assert by.loc["weights", "ternary"].equals(by.loc["baseline", "v3"])
+    assert by.loc["pruner", "none"].equals(by.loc["baseline", "v3"])
+
+    def nothing_is_to_be_done(*arguments):
+        raise AssertionError("a finished run was computed again")
+
+    monkeypatch.setattr(ablations, "perform", nothing_is_to_be_done)
+    again = run_ablations(profile, grid, tmp_path / "out", progress=False)
+    pd.testing.assert_frame_equal(again.table, found.table)
+    assert again.provenance == found.provenance
+
+
+def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path):
+    profile = tiny()
+    grid = load_grid(profile, factors={"weights": FACTORS["weights"]}, seeds=[0, 1])
+    found = run_ablations(profile, grid, tmp_path / "out", progress=False)
+    read = read_results(tmp_path / "out", "smoke")
+    for name in ("table", "seeds", "curves"):
+        written, own = getattr(read, name), getattr(found, name)
+        pd.testing.assert_frame_equal(written, own, check_dtype=False, obj=name)
+    assert ",".join(found.table) == (
+        "choice,value,n,mean,sd,difference,low,high,p,resolved,params,flops,score,failed"
+    )
+    for path in (tmp_path / "out").glob("smoke*.*"):
+        assert str(tmp_path) not in path.read_text(), path
+    made = read.provenance
+    assert (
+        made["seeds"] == [0, 1] and made["budget"]["epochs"] == 1 and made["budget"]["training_images"] == 24
+    )
+    assert made["runs"] == 4 and made["wall_seconds"] >= 0 and made["processors"]
+
+
+def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, monkeypatch):
+    profile = tiny()
+    grid = load_grid(profile, factors=FACTORS, seeds=[0, 1])
+    whole = run_ablations(profile, grid, tmp_path / "whole", progress=False)
+    real, computed = ablations.perform, []
+
+    def stopped_after_three(run, *arguments):
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(run.folder)
+        return real(run, *arguments)
+
+    monkeypatch.setattr(ablations, "perform", stopped_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablations(profile, grid, tmp_path / "cut", progress=False)
+    monkeypatch.setattr(
+        ablations, "perform", lambda run, *rest: computed.append(run.folder) or real(run, *rest)
+    )
+    cut = run_ablations(profile, grid, tmp_path / "cut", progress=False)
+    pd.testing.assert_frame_equal(cut.table, whole.table)
+    assert len(computed) == len(set(computed)) == 6
+
+
+def test_a_row_that_diverges_is_reported_and_the_others_go_on(tiny, tmp_path, data, capsys):
+    factors = tmp_path / "grid.yaml"
+    factors.write_text(
+        "seeds: [0, 1]\nbaseline: {ablation.cutmix_probability: 0}\nfactors:\n"
+        "  rate: {sane: {}, wild: {ablation.lr: 100, ablation.weight_decay: 1, ablation.epochs: 20}}\n"
+    )
+    arguments = ["ablations", "--grid", str(factors), "--data", data, "--device", "cpu", "--jobs", "1"]
+    arguments += ["--out", str(tmp_path / "out"), "--set", *TINY]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "1 of 3 rows failed (rate: wild), the table says why" in line
+    table = read_results(tmp_path / "out", "smoke").table.set_index(["choice", "value"])
+    wild = table.loc["rate", "wild"]
+    assert wild["n"] == 0 and pd.isna(wild["mean"]) and pd.isna(wild["difference"])
+    assert wild["failed"].startswith("2 of 2 seeds, seed 0: train stopped: ")
+    assert table.loc["rate", "sane"]["n"] == 2 and pd.isna(table.loc["rate", "sane"]["failed"])
+    plot_effects(table.reset_index())  # and can be drawn
+
+
+def test_a_pruning_whose_training_failed_says_so(tiny, tmp_path):
+    wild = {**WILD, "ablation_prune.pruner": "V1"}
+    grid = load_grid(tiny(), factors={"rate": {"sane": {}, "wild": wild}}, seeds=[0])
+    found = run_ablations(tiny(), grid, tmp_path, progress=False)
+    assert found.seeds.iloc[-1]["failed"].startswith("its training failed: train stopped: ")
+
+
+def test_other_images_than_the_grid_was_started_with_are_refused(tiny, images, data, tmp_path):
+    source = ablations.source_of(tiny())
+    darker = type(images)(images.train_images // 2, *list(vars(images).values())[1:6])
+    save_npz(darker, data)
+    with pytest.raises(StudyError, match=r"have fingerprint .* give all workers the same images"):
+        ablations.source_of.__globals__["_load"].cache_clear()
+        source.load()
+
+
+def test_progress_is_one_line_over_all_rows(tiny, tmp_path):
+    told = []
+    grid = load_grid(tiny(), factors=FACTORS, seeds=[0])
+    run_ablations(tiny(), grid, tmp_path, progress=lambda *state: told.append(state))
+    done = [state[0] for state in told]
+    assert done == sorted(done) and len({state[1] for state in told}) == 1
+    assert told[-1] == (told[0][1], told[0][1], "ablations, 3 of 3 runs")
+
+
+# -- tables and pictures ------------------------------------------------------------------------
+
+
+def by_seed(**rows) -> pd.DataFrame:
+    """Rows by seed of "choice_value": top-1 values; cost 1 and score 0.01 each."""
+    table = []
+    for name, values in rows.items():
+        choice, value = name.split("_")
+        for seed, top1 in enumerate(values):
+            table.append(dict(choice=choice, value=value, seed=seed, top1=top1, top5=0, loss=0))
+            failed = None if top1 == top1 else "it broke"
+            table[-1] |= dict(params=1, flops=1, score=0.01, failed=failed)
+    return pd.DataFrame(table)
+
+
+def test_a_row_is_compared_with_the_first_of_its_factor_on_the_seeds_they_share():
+    """b is 1, 2, 3 above a on the seeds that both have; its fourth seed failed."""
+    nan = float("nan")
+    table = tabulate(by_seed(f_a=[10, 20, 30, 40], f_b=[11, 22, 33, nan], g_c=[50, 60, 70, 80]))
+    a, b, c = table.to_dict("records")
+    assert (a["n"], a["mean"]) == (4, 25) and pd.isna(a["difference"]) and pd.isna(a["resolved"])
+    assert (b["n"], b["mean"], b["difference"], b["p"]) == (3, 22, 2, 2 / 8)
+    assert b["failed"] == "1 of 4 seeds, seed 3: it broke"
+    assert pd.isna(c["difference"])  # the first of another factor
+
+
+TABLE = tabulate(
+    by_seed(
+        baseline_v3=[40, 41, 42, 43, 44, 45],
+        weights_ternary=[40, 41, 42, 43, 44, 45],
+        weights_binary=[38, 39.5, 40, 41.2, 42, 43],
+        consistency_off=[40, 41, 42, 43, 44, 45],
+        **{"consistency_as released": [39, 42, 41, 44, 43, 46]},
+        pruner_none=[40, 41, 42, 43, 44, 45],
+        pruner_V1=[39, 40.1, 40.8, 42, 43.1, 43.9],
+    )
+)
+
+
+def test_claims_stand_beside_what_was_found():
+    beside = claims_beside_findings(TABLE).set_index("claimed")
+    verdicts = dict(zip(beside.index, beside["verdict"], strict=True))
+    assert list(verdicts.values()) == ["as claimed", "not resolved", "", "against the claim"]
+    assert "binary against ternary: -1.88 points" in beside["found"].iloc[0]
+    assert beside["found"].iloc[2] == "not measured here"
+    assert [line.split(" instead")[0] for line in resolved_rows(TABLE)] == ["weights: binary", "pruner: V1"]
+
+
+def test_resolved_rows_are_filled_and_the_others_hollow():
+    axes = plot_effects(TABLE).axes[0]
+    markers = [line for line in axes.lines if line.get_marker() == "o"]
+    hollow = [marker.get_markerfacecolor() == "white" for marker in markers]
+    assert hollow == [False, True, False]  # binary, as released, V1
+
+
+def test_the_front_is_of_rows_that_no_other_beats():
+    table = pd.DataFrame({"value": list("abcde"), "score": [1, 2, 3, 4, 2.5], "mean": [10, 30, 20, 40, 30]})
+    assert list(pareto(table)["value"]) == ["a", "b", "d"]
+
+
+def test_pictures_hold_what_they_promise(tiny, tmp_path):
+    grid = load_grid(tiny("ablation.epochs=2"), factors={"weights": FACTORS["weights"]}, seeds=[0, 1])
+    found = run_ablations(tiny("ablation.epochs=2"), grid, tmp_path, progress=False)
+    assert sorted(found.curves["epoch"].unique()) == [0, 1]
+    figures = plot_effects(found.table), plot_front(found.table), plot_factor_curves(found.curves)
+    for figure in figures:
+        assert figure.get_size_inches()[0] <= 6.5
+        assert (
+            min(text.get_fontsize() for text in figure.findobj(match=lambda o: hasattr(o, "get_fontsize")))
+            >= 8
+        )
+    drawn = {tuple(line.get_xdata()) for line in figures[1].axes[0].lines}
+    assert (0.01711, 0.01255, 0.01083) in drawn and (0.004169, 0.0054) in drawn
+    assert "published network" in budget_of(found) and "2 epochs" in budget_of(found)
+
+
+# -- Dask ---------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_is_not_there_is_told_in_one_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "PATIENCE", 1)
+    grid = load_grid(tiny(), factors={"weights": FACTORS["weights"]}, seeds=[0])
+    with pytest.raises(StudyError, match=r"no scheduler answers at 'tcp://127\.0\.0\.1:9'") as refused:
+        run_ablations(tiny(), grid, tmp_path, scheduler="tcp://127.0.0.1:9", progress=False)
+    assert "\n" not in str(refused.value)
+
+
+@contextlib.contextmanager
+def dask(kind: str, *arguments: str, folder: Path):
+    """A scheduler or worker as a person would start it, ended with what it started."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"distributed.cli.dask_{kind}", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        for each in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def scheduler(folder: Path):
+    found = folder / "scheduler.json"
+    options = ("--port", "0", "--no-dashboard", "--scheduler-file", str(found), "--host", "127.0.0.1")
+    with dask("scheduler", *options, folder=folder):
+        deadline = time.monotonic() + 60
+        while not found.exists():
+            assert time.monotonic() < deadline, "no scheduler after a minute"
+            time.sleep(0.1)
+        time.sleep(0.5)  # the file is there before its end is
+        yield json.loads(found.read_text())["address"]
+
+
+@pytest.mark.slow
+def test_on_processes_and_on_a_cluster_that_loses_a_worker_the_table_is_the_same(tiny, tmp_path, monkeypatch):
+    profile = tiny("ablation.epochs=40")
+    grid = load_grid(profile, factors=FACTORS, seeds=[0, 1])
+    alone = run_ablations(profile, grid, tmp_path / "alone", progress=False)
+    monkeypatch.setattr("msunet_core.study.provenance.usable_cores", lambda: 2)
+    local = run_ablations(profile, grid, tmp_path / "local", jobs=2, progress=False)
+    pd.testing.assert_frame_equal(local.table, alone.table)
+
+    killed = []
+
+    def kill_one(done, total, text):
+        """Once the first of the two workers has left a checkpoint of a run, kill it."""
+        for lock in (tmp_path / "cluster/smoke").glob("*/seed-*/.lock"):
+            holder = json.loads(lock.read_text() or "{}").get("pid")
+            unfinished = (lock.parent / CHECKPOINT).exists() and not (lock.parent / "result.json").exists()
+            if not killed and unfinished and holder == worker.pid:
+                os.kill(worker.pid, signal.SIGKILL)
+                killed.append(lock.parent)
+
+    with scheduler(tmp_path) as address:
+        options = (address, "--no-nanny", "--nthreads", "1", "--no-dashboard")
+        with dask("worker", *options, folder=tmp_path) as worker, dask("worker", *options, folder=tmp_path):
+            wait_for_workers(address, 2)
+            found = run_ablations(profile, grid, tmp_path / "cluster", scheduler=address, progress=kill_one)
+    assert killed, "no worker was caught in the middle of a run"
+    pd.testing.assert_frame_equal(found.table, alone.table)
+    log = (killed[0] / "log.txt").read_text()
+    assert "resume at epoch" in log, log  # not from the beginning
+
+
+@pytest.mark.slow
+def test_a_worker_out_of_memory_is_told_in_one_line(tiny, tmp_path):
+    """Its limit is less than the libraries need, so its nanny ends it each time the run is tried."""
+    grid = load_grid(tiny(), factors={"weights": {"ternary": {}}}, seeds=[0])
+    with scheduler(tmp_path) as address:
+        options = (address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "200MiB")
+        with dask("worker", *options, folder=tmp_path):
+            wait_for_workers(address, 1)
+            found = run_ablations(tiny(), grid, tmp_path / "out", scheduler=address, progress=False)
+    assert found.table["n"].tolist() == [0, 0]
+    assert "its worker died 4 times; was the memory enough?" in found.table["failed"].iloc[0]
+
+
+def wait_for_workers(address: str, count: int) -> None:
+    from distributed import Client
+
+    with Client(address, timeout=30) as client:
+        client.wait_for_workers(count, timeout=60)

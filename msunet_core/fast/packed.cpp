@@ -43,6 +43,26 @@ typedef float unaligned_vec8 __attribute__((vector_size(32), aligned(4), may_ali
 constexpr int PATTERN[PATTERNS][3] = {{1, 1, 1}, {1, 1, -1}, {1, 1, 0}, {1, -1, 1}, {1, -1, -1}, {1, -1, 0}, {1, 0, 1},
                                       {1, 0, -1}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}};
 
+// As Silu, of fewer steps, its error 1 unit in the last place more.
+struct Swish {
+  static vec value(vec z) {
+#ifdef __AVX512F__
+    const vec t = at_most(z * -1.44269504f, 126.0f);  // beyond that 1 + 2^t has no inverse
+    const vec f = (vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+    vec p = f * 1.33952e-3f + 9.61843e-3f;
+    p = p * f + 5.55033e-2f;
+    p = p * f + 2.4022650e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    const vec sum = 1.0f + (vec)_mm512_scalef_ps((__m512)p, (__m512)(t - f));
+    const vec r = (vec)_mm512_rcp14_ps((__m512)sum), q = z * r;
+    return q + q * (1.0f - sum * r);
+#else
+    return Silu::value(z);
+#endif
+  }
+};
+
 #define EACH _Pragma("GCC unroll 4") for (int v = 0; v < VECTORS; v++)
 
 // --- 1x1 convolutions ------------------------------------------------------------------------
@@ -86,18 +106,19 @@ struct Part {
   size_t bytes() const { return counts.size() + inputs.size() + 4 * (starts.size() + dense.size()); }
 };
 
-// Adds, or with SIGN -1 subtracts, the planes of the next `count` inputs.
+// Adds, or with SIGN -1 subtracts, the planes of the next `count` inputs. Some processors have units for additions and
+// others for products: half of the additions are written as such, of 1, which the compiler must not know.
 template <int SIGN> inline __attribute__((always_inline)) void add_list(Some& sum, const uint8_t*& next, long count,
-                                                                        const float* x) {
+                                                                        const float* x, vec one) {
   for (const uint8_t* end = next + count; next < end; next++) {
     const float* plane = x + *next * BLOCK;
-    EACH sum[v] = SIGN > 0 ? sum[v] + load(plane + v * LANES) : sum[v] - load(plane + v * LANES);
+    EACH sum[v] = SIGN > 0 ? sum[v] + load(plane + v * LANES) : sum[v] - one * load(plane + v * LANES);
   }
 }
 
 // Adds to three outputs what a chunk of inputs gives, from x: (inputs, BLOCK) on.
 inline __attribute__((always_inline)) void add_triple(const Part& part, long chunk, long triple, const float* x,
-                                                      Some& a, Some& b, Some& c) {
+                                                      Some& a, Some& b, Some& c, vec one) {
   if (!part.dense.empty()) {
     const float* w = &part.dense[triple * part.in * 3];
     for (long i = 0; i < part.in; i++, w += 3)
@@ -112,32 +133,32 @@ inline __attribute__((always_inline)) void add_triple(const Part& part, long chu
   const long at = chunk * part.triples() + triple;
   const uint8_t *count = &part.counts[at * COUNTS], *next = part.inputs.data() + part.starts[at];
   const auto both = [&](Some& sum) __attribute__((always_inline)) {
-    add_list<1>(sum, next, *count++, x);
-    add_list<-1>(sum, next, *count++, x);
+    add_list<1>(sum, next, *count++, x, one);
+    add_list<-1>(sum, next, *count++, x, one);
   };
   {  // (1, 1, 1), (1, 1, -1), (1, 1, 0)
     Some same = {}, other = {};
     both(same), both(other);
-    EACH c[v] += same[v] - other[v], same[v] += other[v];
+    EACH c[v] += one * same[v], c[v] -= one * other[v], same[v] += one * other[v];
     both(same);
-    EACH a[v] += same[v], b[v] += same[v];
+    EACH a[v] += one * same[v], b[v] += one * same[v];
   }
   {  // (1, -1, 1), (1, -1, -1), (1, -1, 0)
     Some same = {}, other = {};
     both(same), both(other);
-    EACH c[v] += same[v] - other[v], same[v] += other[v];
+    EACH c[v] += one * same[v], c[v] -= one * other[v], same[v] += one * other[v];
     both(same);
-    EACH a[v] += same[v], b[v] -= same[v];
+    EACH a[v] += one * same[v], b[v] -= one * same[v];
   }
   {  // (1, 0, 1), (1, 0, -1)
     Some same = {}, other = {};
     both(same), both(other);
-    EACH c[v] += same[v] - other[v], a[v] += same[v] + other[v];
+    EACH c[v] += one * same[v], c[v] -= one * other[v], a[v] += one * same[v], a[v] += one * other[v];
   }
   {  // (0, 1, 1), (0, 1, -1)
     Some same = {}, other = {};
     both(same), both(other);
-    EACH c[v] += same[v] - other[v], b[v] += same[v] + other[v];
+    EACH c[v] += one * same[v], c[v] -= one * other[v], b[v] += one * same[v], b[v] += one * other[v];
   }
   both(a), both(b), both(c);
 }
@@ -146,12 +167,14 @@ inline __attribute__((always_inline)) void add_triple(const Part& part, long chu
 // has room for them all.
 template <class Done>
 void add_up(const Part& part, long begin, long end, const float* x, float* partial, Done done) {
+  vec one = vec{} + 1.0f;
+  asm("" : "+v"(one));
   for (long pixel = 0; pixel < BLOCK; pixel += SOME)
     for (long chunk = 0; chunk < part.chunks; chunk++) {
       const float* from = x + (part.first_in + chunk * part.chunk) * BLOCK + pixel;
       for (long t = begin; t < end; t++) {
         Some a = {}, b = {}, c = {};
-        add_triple(part, chunk, t, from, a, b, c);
+        add_triple(part, chunk, t, from, a, b, c, one);
         float* sums = partial + (t - begin) * 3 * SOME;
         if (chunk > 0) EACH {
           a[v] += load(sums + v * LANES);
@@ -202,9 +225,6 @@ struct Conv1x1 {
 #ifdef __AVX512F__
 inline vec8 low(vec a) { return (vec8)_mm512_castps512_ps256((__m512)a); }
 inline vec8 high(vec a) { return (vec8)_mm512_extractf32x8_ps((__m512)a, 1); }
-inline vec joined(vec8 a, vec8 b) {
-  return (vec)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)a), (__m256)b, 1);
-}
 inline void halve(vec& a, vec& b) {
   const ivec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   const vec evens = (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)even, (__m512)b);
@@ -260,15 +280,27 @@ struct Grid {
 
 // --- depthwise convolutions ----------------------------------------------------------------------
 
-// The pixels of a channel, act(conv(plane) + shift), to blocks of pixels `y` on; returns their sum.
+// Replaces pixels by act of them; returns their sums.
+template <class Act> inline vec activate(float* y, long pixels) {
+  vec pool = {};
+  for (long p = 0; p < pixels; p += 2 * LANES) {
+    const vec a = Act::value(load(y + p)), b = Act::value(load(y + p + LANES));
+    store(y + p, a), store(y + p + LANES, b);
+    pool += a + b;
+  }
+  return pool;
+}
+
+// The pixels of a channel, act(conv(plane) + shift), to blocks of pixels from `y` on; returns their sum.
 template <int K, int S, long WIDTH_OUT, class Act>
-float depthwise(const Grid& grid, const float* plane, const float* weight, float shift, float* y, long block_stride) {
-  constexpr long IN_VECTOR = std::min(LANES, WIDTH_OUT);
+__attribute__((noinline)) float depthwise(const Grid& grid, const float* plane, const float* weight, float shift,
+                                          float* y, long block_stride) {  constexpr long IN_VECTOR = std::min(LANES, WIDTH_OUT);
   typedef std::conditional_t<IN_VECTOR == LANES, vec, vec8> row_vec;
   // Rows at a time: as many as there are registers for them and for what they are made of.
   constexpr int ROWS = LANES == 16 ? 8 : S == 1 ? 4 : 2, PAD = K / 2, TAKEN = (ROWS - 1) * S + K;
+  constexpr bool IN_REGISTERS = std::is_same_v<Act, Relu> && IN_VECTOR == LANES;  // what is long is done afterwards
   vec pool = {};
-  for (long oy = 0; oy < WIDTH_OUT; oy += ROWS)
+  for (long oy = 0; oy < WIDTH_OUT; oy += ROWS) {
     for (long ox = 0; ox < WIDTH_OUT; ox += IN_VECTOR) {
       row_vec sum[ROWS];
 #pragma GCC unroll 8
@@ -288,26 +320,24 @@ float depthwise(const Grid& grid, const float* plane, const float* weight, float
           for (int r = 0; r < ROWS; r++) sum[r] += w * taken[r * S + ky];
         }
       }
-      const auto put = [&](int r, vec value) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
         const long pixel = (oy + r) * WIDTH_OUT + ox;
-        value = Act::value(value);
-        pool += value;
-        store(y + pixel / BLOCK * block_stride + pixel % BLOCK, value);
-      };
-      if constexpr (IN_VECTOR == LANES) {
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) put(r, sum[r]);
-      } else {
-#ifdef __AVX512F__
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r += 2) put(r, joined(sum[r], sum[r + 1]));
-#endif
+        if constexpr (IN_REGISTERS) pool += sum[r] = Act::value(sum[r]);
+        memcpy(y + pixel / BLOCK * block_stride + pixel % BLOCK, &sum[r], sizeof(row_vec));
       }
     }
+    if (IN_REGISTERS) continue;
+    // Now, while they lie in the first cache: blocks of the same channel fall on the same few places there.
+    constexpr long DONE = ROWS * WIDTH_OUT, RUN = std::min(BLOCK, DONE);
+    for (long pixel = oy * WIDTH_OUT; pixel < oy * WIDTH_OUT + DONE; pixel += RUN)
+      pool += activate<Act>(y + pixel / BLOCK * block_stride + pixel % BLOCK, RUN);
+  }
   float total = 0;
   for (long i = 0; i < LANES; i++) total += pool[i];
   return total;
 }
+
 
 // --- small layers --------------------------------------------------------------------------
 
@@ -423,7 +453,7 @@ struct Network {
       auto made = std::make_unique<Own>();
       made->image.resize(COLOURS * stem_grid().size);
       made->partial.resize(3 * PROJECT_UNIT * SOME);
-      made->reduced.resize(wide);
+      made->reduced.resize(2 * padded(wide));
       for (const Block& b : blocks) made->planes.emplace_back(3 * UNIT * b.grid.size);
       own.push_back(std::move(made));
     }
@@ -480,22 +510,19 @@ struct Network {
     const float* weight = &b.taps[at];
     const long step = b.wide * BLOCK;
     float* to = y + channel * BLOCK;
-    const auto with = [&](auto k, auto s, auto out) {
-      return depthwise<k, s, out, Act>(b.grid, plane, weight, b.shift[channel], to, step);
-    };
-    const auto with_kernel = [&](auto s, auto out) {
-      if (kernel == 3) return with(std::integral_constant<int, 3>(), s, out);
-      if (kernel == 5) return with(std::integral_constant<int, 5>(), s, out);
-      return with(std::integral_constant<int, 7>(), s, out);
+    const auto with_kernel = [&](auto stride, auto out) {
+      if (kernel == 3) return depthwise<3, stride, out, Act>(b.grid, plane, weight, b.shift[channel], to, step);
+      if (kernel == 5) return depthwise<5, stride, out, Act>(b.grid, plane, weight, b.shift[channel], to, step);
+      return depthwise<7, stride, out, Act>(b.grid, plane, weight, b.shift[channel], to, step);
     };
     const std::integral_constant<int, 1> one;
     const std::integral_constant<int, 2> two;
     if (b.width_out == 32) return with_kernel(one, std::integral_constant<long, 32>());
-    if (b.width_out == 16)
-      return b.stride == 1 ? with_kernel(one, std::integral_constant<long, 16>())
-                           : with_kernel(two, std::integral_constant<long, 16>());
-    return b.stride == 1 ? with_kernel(one, std::integral_constant<long, 8>())
-                         : with_kernel(two, std::integral_constant<long, 8>());
+    if (b.stride == 1)
+      return b.width_out == 16 ? with_kernel(one, std::integral_constant<long, 16>())
+                               : with_kernel(one, std::integral_constant<long, 8>());
+    return b.width_out == 16 ? with_kernel(two, std::integral_constant<long, 16>())
+                             : with_kernel(two, std::integral_constant<long, 8>());
   }
 
   // What comes before the projection, of the channels of a unit.
@@ -531,13 +558,16 @@ struct Network {
       const float value = b.reduce.row(r, shared.pooled.data());
       reduced[r] = value * logistic(value);
     }
-    for (long c = b.wide * team.rank / team.size; c < b.wide * (team.rank + 1) / team.size; c++) {
-      const float gate = logistic(b.excite.row(c, reduced));
-      for (long block = 0; block < b.blocks_out(); block++) {
+    const long begin = b.wide / 4 * team.rank / team.size * 4, end = b.wide / 4 * (team.rank + 1) / team.size * 4;
+    float* gates = reduced + padded(b.reduced);
+    for (long c = begin; c < end; c++) gates[c - begin] = b.excite.row(c, reduced);
+    for (long c = 0; c < end - begin; c += LANES) store(gates + c, sigmoid(load(gates + c)));
+    for (long block = 0; block < b.blocks_out(); block++)
+      for (long c = begin; c < end; c++) {
         float* pixels = &shared.wide[(block * b.wide + c) * BLOCK];
+        const vec gate = vec{} + gates[c - begin];
         for (long p = 0; p < BLOCK; p += LANES) store(pixels + p, load(pixels + p) * gate);
       }
-    }
   }
 
   void project(const Team& team, const Block& b, long unit) const {
@@ -567,7 +597,7 @@ struct Network {
       const Block& b = blocks[i];
       const long units = b.has_expansion ? long(b.expand_units.size()) : (stem_channels + STEM_UNIT - 1) / STEM_UNIT;
       take(team, stage++, units, [&](long unit) {
-        if (b.is_silu) widen<Silu>(team, b, long(i), unit);
+        if (b.is_silu) widen<Swish>(team, b, long(i), unit);
         else widen<Relu>(team, b, long(i), unit);
       });
       team.wait();

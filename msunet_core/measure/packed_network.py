@@ -1,4 +1,4 @@
-"""The packed network runs as it lies: :class:`PackedNetwork`, without dense ternary weights and without PyTorch.
+"""The packed network runs as it lies: no dense ternary weights, no PyTorch.
 
 ``fast/packed.cpp`` computes it in one call, from lists of inputs that are made once, when a file is opened.
 """
@@ -99,8 +99,8 @@ class PackedNetwork:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Class scores, float32 (B, classes), of images, uint8 (B, 32, 32, 3), RGB.
 
-        They are those of the unpacked network at O0 up to the rounding of FP32, and do not depend on the number
-        of threads or on the other images.
+        They are those of the unpacked network at O0 up to the rounding of FP32, and do not depend on the
+        number of threads or on the other images.
 
         Raises
         ------

@@ -103,9 +103,9 @@ def read_results(out: str | Path, name: str) -> Results:
     """The results that :func:`run_ablations` wrote for the profile of this name."""
     out = Path(out)
     try:
-        words = dict.fromkeys(("choice", "value", "failed"), str)
+        kinds = {**dict.fromkeys(("choice", "value", "failed"), str), "resolved": "boolean"}
         tables = [
-            pd.read_csv(out / f"{name}{suffix}.csv", dtype=words, keep_default_na=False, na_values=[""])
+            pd.read_csv(out / f"{name}{suffix}.csv", dtype=kinds, keep_default_na=False, na_values=[""])
             for suffix in ("", "_seeds", "_curves")
         ]
         return Results(*tables, json.loads((out / f"{name}_provenance.json").read_text()))
@@ -157,7 +157,7 @@ def _by_seed(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
                     "failed": result.get("failed"),
                 }
             )
-    return pd.DataFrame(rows).round(DIGITS)
+    return pd.DataFrame(rows).astype({"failed": str}).round(DIGITS)
 
 
 def tabulate(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -174,17 +174,16 @@ def tabulate(seeds: pd.DataFrame) -> pd.DataFrame:
             compared = {name: getattr(found, name) for name in compared}
         cost = {name: row[name].mean() for name in ("params", "flops", "score")}
         rows.append({**line, **compared, **cost, "failed": _failures(row)})
-    numbers = dict.fromkeys(("difference", "low", "high", "p"), float)
-    return pd.DataFrame(rows).astype(numbers).round(DIGITS)
+    kinds = {**dict.fromkeys(("difference", "low", "high", "p"), float), "resolved": "boolean", "failed": str}
+    return pd.DataFrame(rows).astype(kinds).round(DIGITS)
 
 
 def _failures(row: pd.DataFrame) -> str | None:
     failed = row.dropna(subset="failed")
     if failed.empty:
         return None
-    return (
-        f"{len(failed)} of {len(row)} seeds, first seed {failed['seed'].iloc[0]}: {failed['failed'].iloc[0]}"
-    )
+    first = failed.iloc[0]
+    return f"{len(failed)} of {len(row)} seeds, seed {first['seed']}: {first['failed']}"
 
 
 def _curves(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:

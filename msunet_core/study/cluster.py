@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from distributed.scheduler import KilledWorker
 
 from ..errors import StudyError
 from .grid_runs import Run, perform
+from .provenance import usable_cores
 
 PATIENCE = 30  # seconds for a scheduler to answer and to have a worker
 TOPIC = "msunet-ablations"
@@ -99,7 +99,7 @@ def _perform(run: Run, levels: tuple[str, ...], before: dict | None, shares: dic
             worker.log_event(TOPIC, {"folder": str(run.folder), "part": part})
 
     with _ONE_AT_A_TIME:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // shares.get(worker.ip, 1)))
+        torch.set_num_threads(max(1, usable_cores() // shares.get(worker.ip, 1)))
         return perform(run, levels, before, report)
 
 

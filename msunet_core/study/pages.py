@@ -293,9 +293,11 @@ def site_notebook(
     Set-up cells are folded, each picture becomes a numbered figure with alt text, its file in ``folder``,
     and the page says what run it is of (``note``, after the title) and where its notebook and its code are.
     """
-    cells, images, begun = [], 0, False
+    cells, images, begun, section = [], 0, False, name
     for cell in notebook.cells:
         if cell.cell_type != "code":
+            if headings := re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE):
+                section = headings[-1]
             cells.append(cell)
             continue
         tags = list(cell.metadata.get("tags", ()))
@@ -316,7 +318,9 @@ def site_notebook(
             cells.append(_part(cell, part, tags, rest))
             part, rest = None, []
             cells.append(
-                new_markdown_cell(_picture(cell, output, content, f"figures/{file}", f"{name}-{images}"))
+                new_markdown_cell(
+                    _picture(cell, output, content, f"figures/{file}", f"{name}-{images}", section)
+                )
             )
         if part or rest:
             cells.append(_part(cell, part, tags, rest))
@@ -339,17 +343,17 @@ def _part(cell, part, tags: list[str], outputs: list):
     return made
 
 
-def _picture(cell, output, content: bytes, file: str, name: str) -> str:
+def _picture(cell, output, content: bytes, file: str, name: str, section: str) -> str:
     """The figure of an image output.
 
     Its words come from the cell's metadata as MyST-NB has it, else from the output (alt_text.py describes
-    each picture), else from the titles in the cell's own code.
+    each picture), else from the titles in the cell's own code, else from the heading above it.
     """
     own = cell.metadata.get("mystnb", {})
     told = output.get("metadata", {}).get("image/png", {})
-    titles = _titles(cell.source)
-    caption = own.get("figure", {}).get("caption") or text(told.get("title") or titles or name)
-    alt = own.get("image", {}).get("alt") or told.get("alt") or titles or name
+    titles = _titles(cell.source) or f"A picture to: {section}"
+    caption = own.get("figure", {}).get("caption") or text(told.get("title") or titles)
+    alt = own.get("image", {}).get("alt") or told.get("alt") or titles
     width = told.get("width") or int.from_bytes(content[16:20], "big")
     return figure(file, alt, caption, f"fig-{name}", int(width))
 
@@ -420,8 +424,6 @@ def code_pages() -> dict[str, str]:
     pages = {}
     for path in sorted((ROOT / "msunet_core").rglob("*.py")):
         source = path.read_text()
-        if path.name == "__init__.py" and source.count("\n") < 10:
-            continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         fence = "`" * (3 + max(map(len, re.findall(r"`+", source)), default=0))
         pages[module] = (
