@@ -139,8 +139,8 @@ def told_stability(table: pd.DataFrame) -> str:
             "layer's output channels are all zero."
         )
     names = "; ".join(
-        f"{name} (× {row['furthest']:,.3g}, at the end {row['zeros']:.0%} zeros and "
-        f"{row['empty channels']:.0%} of its output channels all zero)"
+        f"{name} (× {row['furthest']:,.{0 if row['furthest'] >= 10 else 2}f}, at the end "
+        f"{row['zeros']:.0%} zeros and {row['empty channels']:.0%} of its output channels all zero)"
         for name, row in ran.iterrows()
     )
     rest = factor.drop(ran.index)
