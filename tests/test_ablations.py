@@ -95,7 +95,7 @@ def test_the_levels_of_a_factor_differ_and_one_is_compared_with(name):
 
 def test_adding_a_row_is_editing_the_file(tmp_path):
     edited = GRID.read_text().replace(
-        "    1.0: {ablation.alpha: 1.0}", "    1.0: {ablation.alpha: 1.0}\n    2: {ablation.alpha: 2}"
+        '    "1.0": {ablation.alpha: 1.0}', '    "1.0": {ablation.alpha: 1.0}\n    "2": {ablation.alpha: 2}'
     )
     (tmp_path / "grid.yaml").write_text(edited)
     before, after = (load_grid(load_profile("smoke"), path) for path in (GRID, tmp_path / "grid.yaml"))
