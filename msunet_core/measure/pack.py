@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.images import MEAN, STD
 from ..errors import StudyError
-from ..files import atomic_path
+from ..files import atomic_path, read_text
 from ..model.precision import apply_opt_level
 from ..model.ternary import TernaryConv2d, ternary_layers, ternary_scale
 from .packed_format import (
@@ -241,8 +241,8 @@ def provenance_of(checkpoint: str | Path, info: dict) -> dict:
     folder = Path(checkpoint).resolve().parent
     for path in (folder / "provenance.json", folder.parent / "provenance.json"):
         try:
-            run = json.loads(path.read_text())
-        except (OSError, ValueError):
+            run = json.loads(read_text(path))
+        except (ValueError, RecursionError):
             continue
         if isinstance(run, dict):
             kept |= {

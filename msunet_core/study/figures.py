@@ -15,6 +15,7 @@ from ..data.images import MEAN, STD
 plt.rcParams.update(
     {
         "figure.dpi": 100,
+        "text.parse_math": False,  # class names are names: one may hold a dollar sign
         "axes.grid": True,
         "grid.alpha": 0.3,
         "axes.spines.top": False,
