@@ -13,6 +13,7 @@ from msunet_core import build_msunet
 from msunet_core.model.network import Block, DepthwiseSeparable, InvertedResidual, SqueezeExcite
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import latency
 from bandwidth import copy_bandwidth, step_bytes
 from bench import markdown
 from released import TransformedImages, consistency_loss, released_network
@@ -170,3 +171,19 @@ def test_the_table_of_the_readme_comes_from_the_report():
     assert lines[6].startswith("2 threads on 2 cores of A Processor; medians of 5 alternated repeats")
     assert "moves 3.21 GB to and from memory, 42 % of what a copy at 11.0 GB/s would" in lines[6]
     assert "layer by layer it would have to move 9.14 GB" in lines[6]
+
+
+def test_the_table_of_latencies_names_the_better_runtime():
+    def of(*medians):
+        ways = zip(latency.WAYS, medians, strict=True)
+        return {way: {"median": m, "low": m - 1, "high": m + 1} for way, m in ways}
+
+    found = {
+        "milliseconds": {"1 image, 1 thread": of(2.0, 9.0, 8.0, 4.0)},
+        "seconds to the first answer": of(0.5, 6.0, 1.0, 1.0),
+        "resident MB": of(41.9, 536.0, 73.2, 67.1),
+        "bytes": dict.fromkeys(latency.WAYS, 390_621),
+    }
+    lines = latency.markdown({"v3": found}).splitlines()
+    assert lines[2].startswith("| 1 image, 1 thread | 2.0 (1.0..3.0) ms |") and lines[2].endswith("| 0.50 |")
+    assert "| 0.5 s | 6 s |" in lines[3] and "| 391 kB |" in lines[5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from msunet_core import PackedNetwork, StudyError, build_msunet, unpack
+from msunet_core import PackedNetwork, StudyError, build_msunet, evaluate, unpack
 from msunet_core.data.images import normalise
 from msunet_core.measure import packed_network
 from msunet_core.measure.pack import pack
@@ -130,6 +131,68 @@ def test_a_process_that_only_answers_loads_no_pytorch(new_network, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == "(2, 4) []", found.stderr
+
+
+@needs_kernels
+def test_it_is_evaluated_as_the_unpacked_network(new_network, images, tmp_path):
+    path = pack(lived_in(new_network()), tmp_path / "net.safetensors")
+    found = evaluate(PackedNetwork(path), images.test_images, images.test_labels)
+    plain = evaluate(unpack(path, "O0"), images.test_images, images.test_labels)
+    assert found == {**plain, "loss": pytest.approx(plain["loss"], rel=1e-5)}
+    with pytest.raises(StudyError, match="computes at O0, not O3; unpack the file"):
+        evaluate(PackedNetwork(path), images.test_images, images.test_labels, "O3")
+
+
+HOSTILE = """
+import pathlib, random, sys
+import numpy as np
+from msunet_core.errors import StudyError
+from msunet_core.measure import packed_network
+from msunet_core.measure.packed_format import DIGEST_AT, digest_of
+
+flag = "-fsanitize=address,undefined"
+compiled = packed_network.compiled
+packed_network.compiled = lambda source, *_, **__: compiled(source, "-O1", flag, link=(flag,))
+assert packed_network.library() is not None
+content, path = pathlib.Path(sys.argv[1]).read_bytes(), pathlib.Path(sys.argv[2])
+draw, accepted, header = random.Random(0), 0, 8 + int.from_bytes(content[:8], "little")
+for _ in range(300):
+    changed = bytearray(content)
+    for _ in range(draw.randrange(4)):
+        if draw.random() < 0.7:
+            changed[draw.randrange(header, len(changed))] ^= 1 << draw.randrange(8)
+        else:
+            changed[draw.randrange(8, header)] = draw.choice(b'0123456789",:{}[]TBSD')
+    path.write_bytes(changed[: DIGEST_AT.start] + digest_of(changed) + changed[DIGEST_AT.stop :])
+    try:
+        network = packed_network.PackedNetwork(path, draw.choice([1, 2]))
+        network(np.zeros((draw.randrange(4), 32, 32, 3), np.uint8))
+        accepted += changed != content
+    except StudyError:
+        pass
+print(accepted)
+"""
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_hostile_files_with_a_right_digest_reach_no_memory_that_is_not_theirs(new_network, tmp_path):
+    found = []
+    for kind in ("asan", "ubsan"):
+        command = ["g++", f"-print-file-name=lib{kind}.so"]
+        found.append(subprocess.check_output(command, text=True).strip() if shutil.which("g++") else "")
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("no g++ with AddressSanitizer")
+    path = pack(lived_in(new_network()), tmp_path / "net.safetensors")
+    environment = {
+        **os.environ,
+        **{"PYTHONPATH": str(ROOT), "LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0"},
+        **{"UBSAN_OPTIONS": "halt_on_error=1", "XDG_CACHE_HOME": str(tmp_path), "CXX": "g++"},
+    }
+    command = [sys.executable, "-c", HOSTILE, str(path), str(tmp_path / "hostile.safetensors")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "ERROR" not in run.stderr and "runtime error" not in run.stderr, run.stderr
+    assert int(run.stdout) > 30  # some changes pass the reader: those are the ones that count
 
 
 def test_without_a_compiler_the_plain_network_answers(new_network, tmp_path, monkeypatch):

@@ -12,19 +12,24 @@ from ..data.images import normalise
 from ..errors import StudyError
 from ..fast.accelerate import accelerated
 from ..model.precision import apply_opt_level, without_tf32
+from .packed_network import PackedNetwork
 
 BATCH_SIZE = 250  # images at once: 10,000 test images in whole batches, and small enough for a core's cache
 
 
 @torch.no_grad()
 def class_scores(
-    model: nn.Module, images: Tensor, opt_level: str | None = None, *, batch_size: int = BATCH_SIZE
+    model: nn.Module | PackedNetwork,
+    images: Tensor,
+    opt_level: str | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
 ) -> Tensor:
     """Class scores of uint8 images in eval mode.
 
     Parameters
     ----------
-    model : left as it was; its mode is restored
+    model : left as it was; its mode is restored. Or a PackedNetwork, which runs as it lies, at O0
     images : uint8 (N, 32, 32, 3)
     opt_level : "O0" .. "O3", evaluated on a copy; None: the model as it is
 
@@ -32,6 +37,10 @@ def class_scores(
     -------
     float32 (N, classes), on the model's device
     """
+    if isinstance(model, PackedNetwork):
+        if opt_level not in (None, "O0"):
+            raise StudyError(f"a PackedNetwork computes at O0, not {opt_level}; unpack the file for that")
+        return torch.from_numpy(model(torch.as_tensor(images).cpu().numpy()))
     if opt_level is not None and opt_level != getattr(model, "opt_level", "O0"):
         model = apply_opt_level(copy.deepcopy(model), opt_level)
     device = next(model.parameters()).device
@@ -47,7 +56,7 @@ def class_scores(
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | PackedNetwork,
     images: Tensor,
     labels: Tensor,
     opt_level: str | None = "O0",
@@ -58,7 +67,8 @@ def evaluate(
 
     Parameters
     ----------
-    model : FP32 network; a copy of it is brought to ``opt_level`` (None: used as it is)
+    model : FP32 network; a copy of it is brought to ``opt_level`` (None: used as it is). Or a PackedNetwork,
+        of which 10,000 images take seconds; its level is O0
     images : uint8 (N, 32, 32, 3), N >= 1
     labels : int64 (N,)
 
