@@ -18,6 +18,8 @@ from msunet_core.model.checkpoint import load_checkpoint
 from msunet_core.study import published, teaching
 from msunet_core.study.run import Study
 from msunet_core.training.learner import Learner
+from msunet_core.training.recipe import StageConfig
+from msunet_core.training.schedules import learning_rate
 from msunet_core.training.stages import CHECKPOINT
 
 
@@ -132,6 +134,17 @@ def test_the_scale_keeps_the_variance_of_the_output_at_two():
     assert table["with the scale"].between(1.9, 2.1).all()
     # without it the variance is the number of weights that are left
     assert table["without"].tolist() == pytest.approx((32 * (1 - table["zeros"])).tolist(), rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "step"])
+def test_the_first_epochs_of_a_recipe_have_the_rates_of_the_whole(schedule):
+    whole = StageConfig(epochs=12, schedule=schedule, warmup_epochs=2, milestones=(3, 9), final_lr=1e-3)
+    first = teaching.first_epochs(whole, 5)
+    assert first.epochs == 5
+    for epoch in range(5):
+        for part in (0.0, 0.5):
+            assert learning_rate(first, epoch, part) == pytest.approx(learning_rate(whole, epoch, part))
+    assert teaching.first_epochs(first, 5) is first
 
 
 def layers_of(**spreads) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,8 @@ from ..model.pruning import GROUPS, Pruner, smallest_mask
 from ..model.ternary import ternarize, ternary_scale
 from ..training.learner import Learner
 from ..training.masters import MasterWeights
+from ..training.recipe import StageConfig
+from ..training.schedules import learning_rate
 
 # Whose spread left its first value by more than this factor is told by name.
 RAN_AWAY = 2.0
@@ -103,6 +106,18 @@ def output_variances(alphas: Iterable[float], fan_in: int = 128, images: int = 2
         zeros = (signs == 0).double().mean().item()
         rows.append({"alpha": float(alpha), "zeros": zeros, "with the scale": scaled, "without": plain})
     return pd.DataFrame(rows)
+
+
+def first_epochs(config: StageConfig, count: int) -> StageConfig:
+    """The same recipe for its first epochs only, at the rates it has there; itself if it has no more."""
+    if config.epochs <= count:
+        return config
+    changes: dict = {"epochs": count}
+    if config.schedule == "one-cycle":  # a straight line down, so its start ends where the whole passes
+        changes["final_lr"] = learning_rate(config, count)
+    if config.schedule == "cosine":
+        changes["cycle_epochs"] = config.cycle_epochs or max(1, config.epochs - config.warmup_epochs)
+    return dataclasses.replace(config, **changes)
 
 
 def stability(layers: pd.DataFrame) -> pd.DataFrame:
