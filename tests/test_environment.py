@@ -59,6 +59,7 @@ COMES_WITH = {
     "triton": "torch",
     "jupyter_client": "papermill",
     "nbformat": "papermill",
+    "docutils": "sphinx",
 }
 
 
