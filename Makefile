@@ -88,15 +88,15 @@ reproduce: $(ENVIRONMENT) ## run notebooks 01..07 headless and build the site, a
 train: $(ENVIRONMENT) ## only notebook 02: ternary training
 prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precision
 ablations: $(ENVIRONMENT) ## every row of the grid, into runs/ablations [JOBS= or SCHEDULER=]
-reproduce train prune ablations:
+reproduce train prune:
 	+@$(STUDY)
 report: $(ENVIRONMENT) ## build the site of RUN again from what is there, running nothing
 score: $(ENVIRONMENT) ## score the shipped network or CHECKPOINT=... [VARIANT= OPT_LEVEL=]
 validate: $(ENVIRONMENT) ## test the shipped network or CHECKPOINT= on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
 pack: $(ENVIRONMENT) ## write CHECKPOINT=... as a packed file OUT=...; DATA=... keeps its top-1 in it
-report score validate pack:
+ablations report score validate pack:
 	@$(STUDY)
-# With -n and -q the first four say what they would run, so those are started even then.
+# With -n and -q the first three say what they would run, so those are started even then.
 STUDY = $(PY) -m msunet_core.study.make $@
 
 .PHONY: test test-fast lint lab

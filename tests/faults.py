@@ -363,7 +363,7 @@ def other_tensor(draw: random.Random, tensors: dict[str, torch.Tensor]) -> None:
     if kind == 0:
         del tensors[name]
     elif kind == 1:
-        tensors[f"{name}x"] = tensor
+        tensors[f"{name}x"] = tensor.clone()
     elif kind == 2:
         tensors[name] = tensor.reshape(-1)[: draw.choice((0, 1, 3))].clone()
     elif kind == 3:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -388,6 +389,8 @@ def test_comments_in_kernels_are_not_counted_and_texts_are(tmp_path):
 def test_a_stage_is_bound_to_what_makes_its_numbers_and_to_nothing_else():
     found = code.code_of_training()
     assert {"training/learner.py", "model/ternary.py", "data/augment.py", "fast/layers.py"} <= found.keys()
+    included = re.findall('#include "(.+)"', (code.PACKAGE / "fast" / "kernels.cpp").read_text())
+    assert {"compiler.py", "fast/kernels.cpp", *(f"fast/{name}" for name in included)} <= found.keys()
     assert not [name for name in found if name.startswith(("measure/", "study/"))]
     assert found.keys() & code.NO_NUMBERS == set()
     assert all((code.PACKAGE / name).is_file() for name in {*found, *code.NO_NUMBERS})
