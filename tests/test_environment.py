@@ -59,6 +59,7 @@ COMES_WITH = {
     "docutils": "sphinx",
     "jupyter_client": "papermill",
     "nbformat": "papermill",
+    "docutils": "sphinx",
 }
 
 

@@ -185,9 +185,8 @@ def run_statement(profile: Profile | None, run: str) -> str:
         ":::{admonition} A toy run\n:class: caution toy\n"
         f"Run {text(run)}, profile {text(profile.name)}: {'; '.join(words)}. "
         f"It shows how each technique works, in {train:,} epochs. "
-        "Accuracies and scores of what it trained say nothing about MSUNet and do not compare with "
-        "published ones; those of the [shipped network](shipped.md) do, and are called so where a page "
-        "shows them.\n:::\n"
+        "Accuracies and scores of what it trained say nothing about MSUNet and do not compare with published "
+        "ones; those of the [shipped network](shipped.md) do, and a page says so where it shows them.\n:::\n"
     )
 
 
