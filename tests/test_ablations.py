@@ -321,7 +321,7 @@ def test_pictures_hold_what_they_promise(tiny, tmp_path):
             min(text.get_fontsize() for text in figure.findobj(match=lambda o: hasattr(o, "get_fontsize")))
             >= 8
         )
-    drawn = {tuple(line.get_xdata()) for line in figures[1].axes[0].lines}
+    drawn = {tuple(line.get_xdata()) for line in figures[1].axes[1].lines}
     assert (0.01711, 0.01255, 0.01083) in drawn and (0.004169, 0.0054) in drawn
     assert "published network" in budget_of(found) and "2 epochs" in budget_of(found)
 
