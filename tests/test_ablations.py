@@ -241,6 +241,17 @@ def test_other_images_than_the_grid_was_started_with_are_refused(tiny, images, d
         source.load()
 
 
+def test_v1_and_v2_are_one_training_pruned_in_two_ways(tiny, tmp_path):
+    v1 = {"network.variant": "v1", "ablation_prune.pruner": "V1"}
+    v2 = {"network.variant": "v2", "ablation_prune.pruner": "V2"}
+    grid = load_grid(tiny(), factors={"variant": {"v1": v1, "v2": v2}}, seeds=[0])
+    found = run_ablations(tiny(), grid, tmp_path, progress=False)
+    assert found.table["failed"].isna().all(), found.table["failed"].tolist()
+    kinds = sorted(path.name.split("-")[0] for path in (tmp_path / "smoke").iterdir() if path.is_dir())
+    assert kinds == ["prune", "prune", "train", "train"]  # the baseline's and that of both
+    assert found.table["score"].iloc[1] > found.table["score"].iloc[2]
+
+
 def test_progress_is_one_line_over_all_rows(tiny, tmp_path):
     told = []
     grid = load_grid(tiny(), factors=FACTORS, seeds=[0])
@@ -321,7 +332,7 @@ def test_pictures_hold_what_they_promise(tiny, tmp_path):
             min(text.get_fontsize() for text in figure.findobj(match=lambda o: hasattr(o, "get_fontsize")))
             >= 8
         )
-    drawn = {tuple(line.get_xdata()) for line in figures[1].axes[0].lines}
+    drawn = {tuple(line.get_xdata()) for line in figures[1].axes[1].lines}
     assert (0.01711, 0.01255, 0.01083) in drawn and (0.004169, 0.0054) in drawn
     assert "published network" in budget_of(found) and "2 epochs" in budget_of(found)
 

@@ -50,7 +50,7 @@ def error_of(capsys, *arguments) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["", "data", "train", "prune", "validate", "score", "pack"])
+@pytest.mark.parametrize("command", ["", "data", "train", "prune", "ablations", "validate", "score", "pack"])
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])

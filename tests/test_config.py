@@ -94,7 +94,7 @@ def test_expected_bands_hold_for_the_profiles_own_data_alone(tmp_path):
     [
         (
             {"name": "smok"},
-            "profile 'smok' is unknown; did you mean 'smoke'? choose one of cpu, evidence, paper",
+            "profile 'smok' is unknown; did you mean 'smoke'? choose one of cpu, evidence, paper, ",
         ),
         ({"name": "missing.yaml"}, "profile 'missing.yaml' is unknown"),
         ({"variant": "v4"}, "variant 'v4' is unknown; choose one of v1, v2, v3"),

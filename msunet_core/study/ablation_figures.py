@@ -15,7 +15,7 @@ from .figures import plt  # with the study's style of axes
 from .grid import BASELINE
 
 WIDTH = 6.4
-MARKERS = "osD^vP*Xhp"
+MARKERS = "osD^vP*Xhp<>"
 # The winner of the challenge's CIFAR-100 track and the second (proceedings.mlr.press/v123/kim20a.html),
 # both at 80 % top-1 or a little more, the least that was ranked.
 CHALLENGE_BEST = {"winner": 0.004169, "second": 0.0054}
@@ -30,90 +30,70 @@ def plot_effects(table: pd.DataFrame) -> plt.Figure:
     lines = []  # (text, row or None), from the top
     for choice, rows in table[table["choice"] != BASELINE].groupby("choice", sort=False):
         first = rows.iloc[0]
-        lines.append((f"{choice}, against {first['value']} ({first['mean']:.1f} %)", None))
+        lines.append((f"{choice} (against {first['value']})", None))
         lines += [(row["value"], row) for _, row in rows.iloc[1:].iterrows()]
     figure, ax = plt.subplots(figsize=(WIDTH, 0.27 * len(lines) + 1.2), layout="constrained")
     ax.axvline(0, color="black", linewidth=1)
-    for place, (text, row) in enumerate(lines):
+    for place, (_, row) in enumerate(lines):
         if row is None:
-            ax.text(-0.42, place, text, transform=ax.get_yaxis_transform(), va="center", weight="bold")
             continue
-        ax.text(-0.02, place, text, transform=ax.get_yaxis_transform(), va="center", ha="right")
         if pd.isna(row["difference"]):
             ax.text(
-                0,
-                place,
-                " failed" if row["n"] == 0 else " no difference measured",
-                va="center",
-                style="italic",
+                0, place, " failed" if row["n"] == 0 else " no seed in common", va="center", style="italic"
             )
             continue
         colour = "tab:blue" if row["resolved"] else "0.45"
         face = colour if row["resolved"] else "white"
         ax.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
         ax.plot(row["difference"], place, "o", color=colour, markerfacecolor=face, markersize=6)
-    ax.set(
-        yticks=[],
-        ylim=(len(lines) - 0.4, -0.6),
-        xlabel="difference in top-1 (points), mean and 95 % interval",
-    )
+    ax.set_yticks(range(len(lines)), [text for text, _ in lines])
+    for label, (_, row) in zip(ax.get_yticklabels(), lines, strict=True):
+        label.set_weight("bold" if row is None else "normal")
+    ax.set(ylim=(len(lines) - 0.4, -0.6), xlabel="difference in top-1 (points), mean and 95 % interval")
     ax.set_title("Filled: resolved. Hollow: not resolved.", fontsize=10, loc="left")
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
     return figure
 
 
-def plot_front(table: pd.DataFrame, published: bool = True) -> plt.Figure:
-    """Top-1 against score: a marker a factor, a line along the rows that no other beats in both."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
+def plot_front(table: pd.DataFrame) -> plt.Figure:
+    """Top-1 against score: the rows with their Pareto front, and below, how far the published ones are."""
+    figure, (near, far) = plt.subplots(2, 1, figsize=(WIDTH, 7.4), height_ratios=(3, 2), layout="constrained")
     rows = table.dropna(subset=["mean", "score"])
-    for marker, (choice, of) in zip(
-        np.resize(list(MARKERS), len(rows)), rows.groupby("choice", sort=False), strict=False
-    ):
-        ax.plot(of["score"], of["mean"], marker, markersize=7, alpha=0.8, label=choice)
+    markers = np.resize(list(MARKERS), len(rows))
+    for marker, (choice, of) in zip(markers, rows.groupby("choice", sort=False), strict=False):
+        near.plot(of["score"], of["mean"], marker, markersize=7, alpha=0.8, label=choice)
     front = pareto(rows)
-    ax.plot(front["score"], front["mean"], color="black", linewidth=1, label="Pareto front", zorder=1)
+    near.plot(front["score"], front["mean"], color="black", linewidth=1, label="Pareto front", zorder=1)
     for _, row in front.iterrows():
-        ax.annotate(
-            f"{row['choice']}: {row['value']}", (row["score"], row["mean"]), xytext=(4, -11),
-            textcoords="offset points", fontsize=8,
-        )  # fmt: skip
-    if published:
-        known = published_table()
-        ax.plot(known["score"], known["top1"], "k*", markersize=10, label="published, full training")
-        for _, row in known.iterrows():
-            ax.annotate(
-                row["variant"],
-                (row["score"], row["top1"]),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=9,
-            )
-        best = list(CHALLENGE_BEST.values())
-        ax.plot(
-            best,
-            [RANKED_TOP1] * len(best),
-            "k|",
-            markersize=14,
-            markeredgewidth=2,
-            label="challenge's best two",
-        )
-        for score in best:
-            ax.annotate(
-                f"{score:g}",
-                (score, RANKED_TOP1),
-                xytext=(0, -18),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
-        ax.axhline(RANKED_TOP1, color="0.6", linewidth=0.8, linestyle=":")
-    ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel="score (log scale, lower is better)", ylabel="top-1 (% of test images), mean over seeds")
-    ax.set_title("Upper left is better: accuracy against score", fontsize=10, loc="left")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        _label(near, f"{row['choice']}: {row['value']}", row["score"], row["mean"], (6, 4), "left")
+    far.plot(rows["score"], rows["mean"], "o", color="tab:blue", markersize=4, label="these rows")
+    known = published_table()
+    far.plot(known["score"], known["top1"], "k*", markersize=10, label="published, full training")
+    for (_, row), above in zip(known.iterrows(), (6, -14, 6), strict=True):
+        _label(far, row["variant"], row["score"], row["top1"], (0, above), "center")
+    best = list(CHALLENGE_BEST.values())
+    far.plot(
+        best, [RANKED_TOP1] * len(best), "k|", markersize=14, markeredgewidth=2, label="challenge's best"
+    )
+    for score, side in zip(best, ("right", "left"), strict=True):
+        _label(far, f"{score:g}", score, RANKED_TOP1, (0, -18), side)
+    far.axhline(RANKED_TOP1, color="0.6", linewidth=0.8, linestyle=":")
+    for ax in (near, far):
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.15, y=0.12)
+        ax.set(xlabel="score (log scale, lower is better)", ylabel="top-1 (%), mean over seeds")
+    near.set_title("Upper left is better: accuracy against score", fontsize=10, loc="left")
+    far.set_title("The same rows beside full training of wide networks", fontsize=10, loc="left")
+    near.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    far.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return figure
+
+
+def _label(ax, text: str, x: float, y: float, offset: tuple[int, int], side: str) -> None:
+    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=8)
 
 
 def pareto(table: pd.DataFrame) -> pd.DataFrame:

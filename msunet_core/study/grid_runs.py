@@ -182,6 +182,10 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
             return _perform(run, levels, report)
     except Exception as error:  # whatever it was, the other rows go on
         reason = (str(error).strip() or "no message").splitlines()[0]
+        # The table may be published, and where this machine has its files is no part of it.
+        reason = reason.replace(f"{run.folder.parents[1]}/", "").replace(
+            f"{Path(run.data.source).parent}/", ""
+        )
         return {"failed": reason if isinstance(error, StudyError) else f"{type(error).__name__}: {reason}"}
 
 
@@ -198,7 +202,7 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         ended = train(network, data, run.config, run.folder, **options)
     else:
         path = run.start.folder / CHECKPOINT
-        network, momentum = load_checkpoint(path)[0], read_momentum(path)
+        network, momentum = load_checkpoint(path, run.network["variant"])[0], read_momentum(path)
         ended = prune(network, data, run.config, run.folder, momentum=momentum, **options)
     tests = {}
     for level in levels:
