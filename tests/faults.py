@@ -231,7 +231,7 @@ def zero(draw: random.Random, content: bytearray) -> None:
 
 
 def swap(draw: random.Random, content: bytearray) -> None:
-    size = draw.choice((64, 512, 4096))
+    size = min(draw.choice((64, 512, 4096)), len(content) // 4)
     one, other = (size * draw.randrange(len(content) // size) for _ in range(2))
     content[one : one + size], content[other : other + size] = (
         content[other : other + size],
@@ -465,7 +465,9 @@ def open_damaged(kind: str, path: Path, count: int, seed: int) -> dict:
     """In a process with little memory: damage one file ``count`` times and open each copy."""
     load, damage, telling = READERS[kind]
     draw, original = random.Random(f"{seed} {kind}"), path.read_bytes()
-    shutil.copytree(path.parent, spare := path.parent.with_name("as it was"))
+    spare = Path(tempfile.mkdtemp(prefix="faults-")) / "as it was"
+    if load is resumed:
+        shutil.copytree(path.parent, spare)
     expected = load(path)
     limit_memory()
     tally: dict[str, int] = {}
@@ -481,6 +483,7 @@ def open_damaged(kind: str, path: Path, count: int, seed: int) -> dict:
             tally[found] = tally.get(found, 0) + 1
             if found not in ("refused", "same") and (found != "other" or telling):
                 print(f"  {kind}, {how}: {found[:200]!r}", file=sys.__stderr__)
+    shutil.rmtree(spare.parent)
     return tally
 
 
@@ -735,7 +738,7 @@ def try_commands(count: int, seed: int, scratch: Path, data: Path) -> Row:
             row.lost += not (fine or trace or status is None)
             if not fine:
                 print(f"  {line}: {status} {output[-300:]!r}"[:600], flush=True)
-    row.executed = (folder / "pwned").exists()
+    row.executed = int((folder / "pwned").exists())
     return row
 
 
