@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -20,14 +22,20 @@ from msunet_core.study.claims import (
 
 
 def ablations(folder, *rows):
-    columns = ["choice", "value", "n", "mean", "sd", "low", "high", "p", "resolved"]
+    """Claims by published words, of an evidence table with these rows."""
     folder.mkdir(exist_ok=True)
+    columns = ["choice", "value", "n", "mean", "difference", "low", "high"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "evidence.csv", index=False)
-    return {claim.published: claim for claim in ablation_claims(folder)}
+    for name in ("seeds", "curves"):
+        pd.DataFrame({"choice": [], "value": []}).to_csv(folder / f"evidence_{name}.csv", index=False)
+    budget = {"width": 0.25, "training_images": 10000, "epochs": 12}
+    (folder / "evidence_provenance.json").write_text(json.dumps({"budget": budget}))
+    return [(claim.verdict, claim) for claim in ablation_claims(folder)]
 
 
-def row(choice, value, mean, low, high):
-    return (choice, value, 6, mean, 0.5, low, high, 0.03, low * high > 0)
+def factor(choice, first, value, difference=None, low=None, high=None):
+    """The first level of a factor, and another one beside it."""
+    return [(choice, first, 6, 40.0, None, None, None), (choice, value, 6, 40.0, difference, low, high)]
 
 
 def test_the_interval_of_a_share_is_wilsons():
@@ -40,34 +48,32 @@ def test_the_interval_of_a_share_is_wilsons():
 def test_a_difference_that_the_interval_resolves_decides(tmp_path):
     found = ablations(
         tmp_path,
-        row("weights", "binary", -2.0, -2.5, -1.5),  # the baseline is ternary
-        row("consistency", "off", 1.0, 0.5, 1.5),  # without it the network is better
-        row("opt level", "O0", 0.1, -0.2, 0.4),
-        row("squeeze-excitation sparsity", "none", 0.5, -0.5, 1.6),
+        *factor("weights", "ternary", "binary", -2.0, -2.5, -1.5),
+        *factor("consistency", "off", "as released", -1.0, -1.5, -0.5),
+        *factor("opt level", "O0", "O3", -0.1, -0.2, 0.1),
+        *factor("pruner", "none", "V1", -0.5, -1.6, 0.2),
     )
-    assert [claim.verdict for claim in found.values()] == [
-        REPRODUCED,
-        NOT_REPRODUCED,
-        REPRODUCED,  # O3 is at most 0.4 points below O0
-        NOT_TESTABLE,  # its loss may be more than a point or less
-    ]
-    assert found["ternary weights beat binary ones"].result == "+2.00 points (+1.50 to +2.50)"
-    assert found["ternary weights beat binary ones"].n == "6 pairs"
-    assert "do not resolve" in found["squeeze-excitation survives 90 % sparsity"].reason
+    assert [verdict for verdict, _ in found] == [REPRODUCED, NOT_REPRODUCED, REPRODUCED, NOT_TESTABLE]
+    first = found[0][1]
+    assert first.result == "-2.00 points (-2.50 to -1.50)" and first.n == "6 pairs of seeds"
+    assert "binary against ternary: networks of width 0.25, 10,000 images, 12 epochs" in first.ran
+    assert "do not resolve" in found[3][1].reason
 
 
-def test_a_row_of_the_better_value_counts_as_it_stands(tmp_path):
-    found = ablations(tmp_path, row("consistency", "as released", 0.8, 0.1, 1.5))
-    assert found["the consistency term helps"].verdict == REPRODUCED
-    assert found["the consistency term helps"].result.startswith("+0.80")
+def test_a_row_that_failed_or_is_not_there_decides_nothing(tmp_path):
+    found = ablations(
+        tmp_path, *factor("weights", "ternary", "binary"), *factor("pruner", "none", "V2", 1, 1, 1)
+    )
+    assert {verdict for verdict, _ in found} == {NOT_TESTABLE}
 
 
-def test_without_ablations_nothing_is_claimed(tmp_path):
-    found = list(ablation_claims(tmp_path / "none"))
+def test_without_evidence_nothing_is_claimed_whatever_trials_lie_about(tmp_path):
+    (tmp_path / "smoke.csv").write_text(
+        "choice,value,n,mean,difference,low,high\nweights,binary,6,1,-1,-2,-1\n"
+    )
+    found = list(ablation_claims(tmp_path))
     assert {claim.verdict for claim in found} == {NOT_TESTABLE}
     assert {claim.result for claim in found} == {""} and all(claim.reason for claim in found)
-    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    assert {claim.verdict for claim in ablation_claims(tmp_path)} == {NOT_TESTABLE}
 
 
 @pytest.mark.parametrize(("off", "verdict"), [(0.03, REPRODUCED), (-0.03, REPRODUCED), (0.2, NOT_REPRODUCED)])
@@ -96,9 +102,9 @@ def test_every_published_claim_has_a_row_and_the_shipped_network_is_what_it_is()
         "0.09853 M",
         "85.27 M",
         "0.01083",
-        "ternary",
+        "Ternary",
         "consistency",
-        "O3 costs",
+        "O3, costs",
         "36.5 M",
         "10.49 G",
     ):

@@ -85,6 +85,19 @@ def test_a_picture_becomes_a_figure_in_its_place_among_the_outputs(tmp_path):
         assert (tmp_path / f"05_score-{number}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_live_line_of_training_is_no_result(tmp_path):
+    live = new_output(
+        "display_data", data={"text/plain": "train epoch 3/3, loss 4.1, step 138 of 138, 0:00 left"}
+    )
+    cells = made(tmp_path, new_code_cell("train()", outputs=[live, said("top-1 38 %")]))
+    assert [output.get("text") for output in cells[1].outputs] == ["top-1 38 %"]
+
+
+def test_a_picture_without_a_word_is_named_after_its_section(tmp_path):
+    cells = made(tmp_path, new_markdown_cell("## Training"), new_code_cell("draw()", outputs=[picture()]))
+    assert ':alt: "A picture to: Training"' in cells[3].source
+
+
 def test_the_author_of_a_notebook_has_the_last_word_on_a_picture(tmp_path):
     own = {"mystnb": {"figure": {"caption": "With $\\alpha$"}, "image": {"alt": "Mine"}}}
     cell = new_code_cell("draw()", outputs=[picture(alt="Theirs", title="T")], metadata=own)

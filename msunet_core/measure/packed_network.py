@@ -210,7 +210,8 @@ class _Built:
         bias = tensors[f"{norm}.bias"].astype(np.float64)
         weight = tensors.get(f"{norm}.weight", np.ones_like(bias)).astype(np.float64)
         mean, variance = tensors.get(f"{norm}.running_mean", 0.0), tensors.get(f"{norm}.running_var", 1.0)
-        scale = weight / np.sqrt(variance + np.float64(self.stored.info["eps"]))
+        with np.errstate(invalid="ignore", divide="ignore"):  # a file's own business, as in PyTorch
+            scale = weight / np.sqrt(variance + np.float64(self.stored.info["eps"]))
         return scale, bias - mean * scale
 
     def conv1x1(self, name: str, groups: int, norm: str) -> tuple[np.ndarray, ...]:

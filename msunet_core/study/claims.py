@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from ..measure.unpack import load_network
 from ..measure.wide_resnet import wide_resnet
 from ..model.network import build_msunet
 from ..model.pruning import GROUPS, RAMP_EPOCHS, cubic_sparsity, prune_to_target
+from .ablations import read_results
+from .findings import CLAIMS as STATEMENTS
 from .profile import load_profile
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
@@ -41,12 +43,9 @@ RECORD_LOSS = (4.632, 4.187, 3.823, 3.492, 3.278, 3.074, 2.862, 2.795, 2.665, 2.
 RECORD_TOLERANCE = 0.04
 # A count that only depends on where random weights put their zeros: one part in 200.
 COUNT_TOLERANCE = 0.005
-# What "costs little" and "survives" are taken to mean, in points of top-1.
-LITTLE = 1.0
 SEEDS = 5
 Z95 = 1.959964  # the normal quantile of a two-sided 95 % interval
-
-ABLATION_COLUMNS = {"choice", "value", "n", "mean", "low", "high"}
+EVIDENCE = "evidence"  # the profile of the committed ablations; others are trials of whoever ran them
 
 
 @dataclass(frozen=True)
@@ -248,103 +247,38 @@ def _score(shipped: Shipped | None) -> Claim:
     )
 
 
-# -- ablations: each row is the paired difference to the baseline, in points of top-1 ----------
-
-
-def _ablations(folder: Path) -> pd.DataFrame | None:
-    tables = []
-    for path in sorted(folder.glob("*.csv")):
-        try:
-            table = pd.read_csv(path)
-        except (ValueError, OSError) as error:
-            raise StudyError(f"{path} is not a CSV file ({error}); write it again") from error
-        if set(table.columns) >= ABLATION_COLUMNS:
-            tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else None
-
-
-@dataclass(frozen=True)
-class _Effect:
-    """A published statement as a difference: ``better`` less ``worse``, both values of ``choice``."""
-
-    published: str
-    choice: str
-    better: str
-    worse: str
-    holds: Callable[[float], bool]  # of one end of the interval
-    asked: str
-
-
-_EFFECTS = (
-    _Effect(
-        "ternary weights beat binary ones",
-        "weights",
-        "ternary",
-        "binary",
-        lambda points: points > 0,
-        "above 0",
-    ),
-    _Effect(
-        "the consistency term helps",
-        "consistency",
-        "as released",
-        "off",
-        lambda points: points > 0,
-        "above 0",
-    ),
-    _Effect(
-        "O3 costs little accuracy",
-        "opt level",
-        "O3",
-        "O0",
-        lambda points: points > -LITTLE,
-        f"above -{LITTLE:g}",
-    ),
-    _Effect(
-        "squeeze-excitation survives 90 % sparsity",
-        "squeeze-excitation",
-        "0.9",
-        "none",
-        lambda points: points > -LITTLE,
-        f"above -{LITTLE:g}",
-    ),
-)
+# -- ablations: a row's difference to the first level of its factor, in points of top-1 ---------
 
 
 def ablation_claims(folder: Path) -> Iterator[Claim]:
-    """What the tables in ``folder`` (choice, value, n, mean, low, high) say to statements on techniques."""
-    table = _ablations(folder)
-    for effect in _EFFECTS:
-        row, sign = _row(table, effect)
-        if row is None:
+    """What the committed ablations in ``folder`` say to the published statements on techniques."""
+    found = read_results(folder, EVIDENCE) if (folder / f"{EVIDENCE}.csv").is_file() else None
+    for claim in STATEMENTS:
+        published = claim.text.rstrip(".")
+        rows = found.table[found.table["choice"] == claim.choice] if found else pd.DataFrame()
+        row = rows[rows["value"] == claim.value] if len(rows) else rows
+        if row.empty or pd.isna(row["low"].iloc[0]):
             why = "No paired ablation with several seeds is among the evidence; single runs do not answer it."
-            yield Claim(effect.published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations")
+            yield Claim(published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations", claim.choice)
             continue
-        mean, ends = sign * row["mean"], sorted((sign * row["low"], sign * row["high"]))
-        held = [effect.holds(end) for end in ends]
-        reason = f"Asked is an interval {effect.asked}."
-        if any(held) and not all(held):
-            reason += " It holds both, so these runs do not resolve the question."
+        row, first, budget = row.iloc[0], rows.iloc[0]["value"], found.provenance["budget"]
+        ends = row["low"], row["high"]
+        verdict, reason = NOT_TESTABLE, "The interval holds both answers: these runs do not resolve it."
+        if claim.holds(*ends):
+            verdict, reason = REPRODUCED, "The whole interval agrees."
+        elif claim.fails(*ends):
+            verdict, reason = NOT_REPRODUCED, "The whole interval is against it."
         yield Claim(
-            effect.published,
-            f"{effect.better} less {effect.worse}, all else equal, same seeds",
-            f"{int(row['n'])} pairs",
-            f"{mean:+.2f} points ({ends[0]:+.2f} to {ends[1]:+.2f})",
-            REPRODUCED if all(held) else NOT_TESTABLE if any(held) else NOT_REPRODUCED,
-            reason,
+            published,
+            f"{claim.value} against {first}: networks of width {budget['width']:g}, "
+            f"{budget['training_images']:,} images, {budget['epochs']} epochs",
+            f"{int(row['n'])} pairs of seeds",
+            f"{row['difference']:+.2f} points ({ends[0]:+.2f} to {ends[1]:+.2f})",
+            verdict,
+            f"{reason} It holds for this budget.",
             "06_ablations",
+            claim.choice,
         )
-
-
-def _row(table: pd.DataFrame | None, effect: _Effect) -> tuple[pd.Series | None, int]:
-    """The row that changes to either value from a baseline that has the other, and its sign."""
-    if table is not None:
-        mine = table[table["choice"].astype(str).str.lower().str.startswith(effect.choice)]
-        for value, sign in ((effect.worse, -1), (effect.better, 1)):
-            rows = mine[mine["value"].astype(str).str.lower() == value.lower()]
-            if len(rows):
-                return rows.iloc[0], sign
-    return None, 1
 
 
 # -- schedule, record, unit --------------------------------------------------------------------

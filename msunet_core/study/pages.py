@@ -28,6 +28,7 @@ from .profile import Profile, load_profile
 
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗"}  # beside the word, never instead of it
 ORIGINAL = "https://github.com/AIoT-MLSys-Lab/MSUNet"
+PROGRESS = re.compile(r", step \d+ of \d+, \d+:\d\d left$")  # a live line of training (run.py), no result
 WIDE = 700  # CSS pixels from which a picture scrolls in its box on a phone instead of shrinking
 
 # -- small pieces ------------------------------------------------------------------------------
@@ -184,8 +185,8 @@ def run_statement(profile: Profile | None, run: str) -> str:
         ":::{admonition} A toy run\n:class: caution toy\n"
         f"Run {text(run)}, profile {text(profile.name)}: {'; '.join(words)}. "
         f"It shows how each technique works, in {train:,} epochs. "
-        "Its accuracies and scores say nothing about MSUNet and do not compare with published ones; "
-        "those of the [real network](shipped.md) do.\n:::\n"
+        "Accuracies and scores of what it trained say nothing about MSUNet and do not compare with published "
+        "ones; those of the [shipped network](shipped.md) do, and are called so where a page shows them.\n:::\n"
     )
 
 
@@ -290,8 +291,9 @@ def site_notebook(
 ) -> nbformat.NotebookNode:
     """A copy of an executed notebook for the site.
 
-    Set-up cells are folded, each picture becomes a numbered figure with alt text, its file in ``folder``,
-    and the page says what run it is of (``note``, after the title) and where its notebook and its code are.
+    Set-up cells are folded, lines of progress left out, each picture becomes a numbered figure with alt text
+    (its file in ``folder``), and the page says of what run it is (``note``, after the title) and where its
+    notebook and its code are.
     """
     cells, images, begun, section = [], 0, False, name
     for cell in notebook.cells:
@@ -309,7 +311,8 @@ def site_notebook(
         for output in cell.get("outputs", ()):
             picture = output.get("data", {}).get("image/png")
             if not picture:
-                rest.append(output)
+                if not PROGRESS.search(str(output.get("data", {}).get("text/plain", ""))):
+                    rest.append(output)
                 continue
             images += 1
             file = f"{name}-{images}.png"

@@ -25,7 +25,7 @@ import nbformat
 from ..errors import StudyError
 from ..files import ROOT, write_fault
 from . import pages
-from .claims import claims, load_shipped
+from .claims import EVIDENCE, claims, load_shipped
 from .shipped_page import shipped_parts
 
 DOCS = ROOT / "docs"
@@ -185,8 +185,8 @@ def _offers(folder: Path) -> dict[str, tuple[Path, str]]:
     for path in sorted((ROOT / "runs" / "pretrained").glob("*")):
         if path.suffix in (".safetensors", ".onnx", ".csv", ".json"):
             found[f"shipped_{path.name.removeprefix('shipped_')}"] = (path, "of the shipped network")
-    for group in ("ablations", "record"):
-        for path in sorted((ROOT / "runs" / group).glob("*.[cj]s*")):
+    for group, pattern in (("ablations", f"{EVIDENCE}*.[cj]s*"), ("record", "*.[cj]s*")):
+        for path in sorted((ROOT / "runs" / group).glob(pattern)):
             found[f"{group}_{path.name}"] = (path, f"evidence, {group}")
     if (ROOT / "CITATION.cff").is_file():
         found["CITATION.cff"] = (ROOT / "CITATION.cff", "how to cite")

@@ -20,7 +20,7 @@ from ..measure.unpack import is_shipped, load_network, shipped
 from ..model.checkpoint import load_checkpoint, read_momentum
 from ..model.network import build_msunet
 from ..training.records import Progress
-from ..training.stages import CHECKPOINT
+from ..training.stages import CHECKPOINT, train
 from .alt_text import enable
 from .profile import Profile, load_profile
 
@@ -107,6 +107,36 @@ class Study:
     def network(self, **changes) -> nn.Module:
         """A network with the fresh weights of the profile's seed."""
         return new_network(self.profile, **{"num_classes": self.data.num_classes, **changes})
+
+    def is_toy(self) -> bool:
+        """Whether the run falls short of the published set-up: other images, fewer of them, another width."""
+        return bool(self._shortfalls())
+
+    def about(self) -> str:
+        """One sentence that tells a toy from the real thing, made from the profile; empty for the latter."""
+        if not self.is_toy():
+            return ""
+        words = ", ".join(self._shortfalls())
+        return (
+            f"A toy: {words} (profile {self.profile.name}). It shows how each technique works; "
+            "its accuracies say nothing about MSUNet's."
+        )
+
+    def _shortfalls(self) -> list[str]:
+        source, limit, width = self.profile.data.source, self.profile.data.limit, self.profile.network.width
+        told = {
+            "synthetic images": source == "synthetic",
+            f"at most {limit} of each class": limit is not None,
+            f"a network of {width:g} times the published width": width != 1.0,
+        }
+        return [words for words, holds in told.items() if holds]
+
+    def start_of_pruning(self) -> nn.Module:
+        """The network that training ended with; trained now, which is said, where notebook 02 has not."""
+        if not (self.folder / "train" / CHECKPOINT).exists():
+            print(f"Run {self.folder.name} has no trained network yet: training it now, as notebook 02 does.")
+            train(self.network(), self.data, self.profile.train, self.folder / "train", **self.options)
+        return self.checkpoint("train")
 
     def checkpoint(self, stage: str) -> nn.Module:
         """The network that a stage of this run ended with."""
