@@ -426,7 +426,7 @@ READERS = {
     "packed file": (packed_of, mutate, True),
     "packed file, right digest": (packed_of, packed_made_anew, False),
     "data .npz": (images_of, mutate, True),
-    "PNG in a folder": (folder_of, mutate, False),
+    "PNG in a folder": (folder_of, mutate, True),
     "YAML profile": (profile_of, other_text, False),
     "value of --set": (overridden, other_text, False),
 }
