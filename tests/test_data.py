@@ -588,9 +588,10 @@ def sixteen_bits() -> bytes:
         (lambda: png(mode="L", transparency=3), "partly transparent"),
         (lambda: png() + bytes(2**23), "more than"),
         (lambda: png()[:40], "not a readable PNG"),
+        (lambda: png().replace(b"IDAT", b"IDAT\0", 1), "not a readable PNG"),
         (lambda: b"", "not a readable PNG"),
     ],
-    ids=["animated", "16 bits", "tRNS", "tRNS palette", "tRNS grey", "long", "cut", "empty"],
+    ids=["animated", "16 bits", "tRNS", "tRNS palette", "tRNS grey", "long", "cut", "shifted", "empty"],
 )
 def test_a_png_that_would_be_reduced_is_refused(folder, content, said):
     image = folder / "train" / NAMES[0] / "00.png"

@@ -16,6 +16,7 @@ import stat
 import sys
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -273,17 +274,25 @@ def _read_png(path: Path) -> np.ndarray:
 
 
 def _odd_png(content: bytes) -> str | None:
-    """What a PNG has that making it 8-bit RGB would lose without a word: frames, 16 bits, transparency."""
-    if content[12:16] == b"IHDR" and content[24] == 16:
+    """What making a PNG 8-bit RGB would lose without a word: frames, 16 bits, transparency, damage.
+
+    Its checksums are compared here, since the decoder leaves out those of the pixels.
+    """
+    if content[12:16] == b"IHDR" and content[24:25] == b"\x10":
         return "of 16 bits a channel"
     place = 8  # after the signature: chunks of length, name, content, checksum
     while place + 8 <= len(content):
-        name = content[place + 4 : place + 8]
+        name, end = (
+            content[place + 4 : place + 8],
+            place + 8 + int.from_bytes(content[place : place + 4], "big"),
+        )
         if name in (b"acTL", b"fcTL", b"fdAT"):
             return "animated"
         if name == b"tRNS":
             return "partly transparent (a tRNS chunk)"
-        place += 12 + int.from_bytes(content[place : place + 4], "big")
+        if zlib.crc32(content[place + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise ValueError("a checksum in it is wrong")
+        place = end + 4
     return None
 
 
