@@ -56,7 +56,7 @@ def test_apex_is_never_installed():
 COMES_WITH = {
     "IPython": "ipykernel",
     "PIL": "torchvision",
-    "triton": "torch",
+    "docutils": "sphinx",
     "jupyter_client": "papermill",
     "nbformat": "papermill",
     "docutils": "sphinx",
