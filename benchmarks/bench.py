@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import latency
+
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64  # specification §6
 EVAL_BATCH = 250
@@ -324,7 +326,10 @@ def measure(threads: int, repeats: int, is_quick: bool) -> dict:
         report_row(task, results[task])
     report_row("peak memory of training", results["peak memory of training"])
     ways["released"].close()
-    imports = {"released": "import torch, torchvision", "ours": "import msunet_core"}
+    imports = {
+        "released": "import torch, torchvision",
+        "ours": "import msunet_core; msunet_core.train",
+    }  # the name loads it
     starts = {way: [start_up(code) for _ in range(repeats)] for way, code in imports.items()}
     ratios = [released / ours for ours, released in zip(starts["ours"], starts["released"], strict=True)]
     results["start-up (import)"] = {way: summary(v) for way, v in starts.items()}
@@ -338,6 +343,7 @@ def measure(threads: int, repeats: int, is_quick: bool) -> dict:
     report_row("scoring", results["scoring"])
     results["scaling"] = ours.ask("scaling", 0.25 if is_quick else 1.0)
     ours.close()
+    results["latency"] = latency.measure(repeats)
     return results
 
 
@@ -401,6 +407,8 @@ def markdown(report: dict) -> str:
             f" memory grows by {memory[-1] - memory[0]:.0f} MB in {len(memory) - 1} epochs."
         )
     lines += ["", text, ""]
+    if "latency" in report["results"]:
+        lines += [latency.markdown(report["results"]["latency"]), ""]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from msunet_core.data.images import MEAN, STD
-from msunet_core.model.network import V3_BLOCKS, split_channels
+from msunet_core.model.architecture import V3_BLOCKS, split_channels
 from msunet_core.model.ternary import ALPHA
 
 
@@ -88,7 +88,7 @@ class Residual(nn.Module):
 
 def inverted_residual(channels: int, block) -> Residual:
     wide = channels * block.expand
-    act = nn.ReLU if block.act is nn.ReLU else Swish
+    act = nn.ReLU if block.act == "ReLU" else Swish
     reduced = int(channels * block.se_ratio)
     return Residual(
         block.stride == 1 and channels == block.out_channels,
@@ -164,6 +164,7 @@ class TransformedImages(torch.utils.data.Dataset):
                 transforms.ColorJitter(0.4, 0.4, 0.4),
                 transforms.ToTensor(),
                 transforms.Normalize(MEAN, STD),
+                transforms.RandomErasing(0.4, (0.02, 1 / 3), (0.3, 1 / 0.3)),  # specification §4
             ]
         )
 

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
+import importlib
+
 from .memory import keep_freed_memory, spin_shortly
 
 spin_shortly()  # before PyTorch is loaded
 keep_freed_memory()  # before the first large tensor
 
-from .data.images import ImageData  # noqa: E402
-from .data.sources import load_data  # noqa: E402
-from .errors import StudyError  # noqa: E402
-from .measure.evaluation import evaluate  # noqa: E402
-from .measure.pack import pack  # noqa: E402
-from .measure.scoring import Score, score  # noqa: E402
-from .measure.unpack import load_network, unpack  # noqa: E402
-from .model.checkpoint import load_checkpoint  # noqa: E402
-from .model.network import build_msunet  # noqa: E402
-from .model.precision import apply_opt_level  # noqa: E402
-from .study.profile import Profile, load_profile  # noqa: E402
-from .training.recipe import StageConfig  # noqa: E402
-from .training.stages import StageResult, prune, train  # noqa: E402
-
 __version__ = "1.0.0"
 
-__all__ = [
-    "ImageData",
-    "Profile",
-    "Score",
-    "StageConfig",
-    "StageResult",
-    "StudyError",
-    "apply_opt_level",
-    "build_msunet",
-    "evaluate",
-    "load_checkpoint",
-    "load_data",
-    "load_network",
-    "load_profile",
-    "pack",
-    "prune",
-    "score",
-    "train",
-    "unpack",
-]
+# Loaded when first asked for: who only runs a packed network waits for no PyTorch.
+_ROOMS = {
+    "ImageData": "data.images",
+    "PackedNetwork": "measure.packed_network",
+    "Profile": "study.profile",
+    "Score": "measure.scoring",
+    "StageConfig": "training.recipe",
+    "StageResult": "training.stages",
+    "StudyError": "errors",
+    "apply_opt_level": "model.precision",
+    "build_msunet": "model.network",
+    "evaluate": "measure.evaluation",
+    "load_checkpoint": "model.checkpoint",
+    "load_data": "data.sources",
+    "load_network": "measure.unpack",
+    "load_profile": "study.profile",
+    "pack": "measure.pack",
+    "prune": "training.stages",
+    "score": "measure.scoring",
+    "train": "training.stages",
+    "unpack": "measure.unpack",
+}
+__all__ = [*_ROOMS]
+
+
+def __getattr__(name: str):
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,9 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .data.sources import hold_out, load_data, save_npz
-from .errors import StudyError
+from .errors import StudyError, one_line
+from .files import read_text
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.scoring import score
@@ -27,8 +29,15 @@ from .training.stages import CHECKPOINT, prune, resolve_device, train
 SOURCES_HELP = "synthetic, cifar100, an .npz or a folder"
 
 
+class OneLine(argparse.ArgumentParser):
+    """Refuses in one line, as everything here does; ``--help`` says how it is used."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(f'{message}; see {self.prog} --help')}\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m msunet_core", description=__doc__.splitlines()[0])
+    top = OneLine(prog="python -m msunet_core", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(
         dest="command", required=True, metavar="{data,train,prune,ablations,validate,score,pack}"
     )
@@ -228,8 +237,8 @@ def run_pack(arguments: argparse.Namespace) -> None:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not a JSON file ({error}); correct it") from error
 
 

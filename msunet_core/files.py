@@ -1,4 +1,8 @@
-"""Files that are either whole or not there, and folders that one process writes at a time."""
+"""Files that are either whole or not there, and folders that one process writes at a time.
+
+A folder may come from a stranger: what is written in place is never written through a link, and a pipe or a
+device under the name of a file is refused, not waited for.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,17 @@ import fcntl
 import json
 import os
 import re
+import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import StudyError
+from .errors import StudyError, reason
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
+LOCK = ".lock"  # in every folder that has one writer
 
 REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -26,13 +33,62 @@ REMEDIES = {
     errno.ENOENT: "its folder does not exist: create it or choose another",
     errno.ENOTDIR: "a part of the path is a file: choose another folder",
     errno.EISDIR: "a folder has this name: remove it or choose another name",
+    errno.ELOOP: "it is a symbolic link, which is not followed: remove it",
+    errno.ENXIO: "it is a pipe or a device: remove it",
+    errno.EINVAL: "it is a pipe or a device: remove it",
 }
 
 
 def write_fault(path: str | os.PathLike, error: OSError) -> StudyError:
     """The one line that tells a person why `path` could not be written, and what to do."""
-    reason = (error.strerror or str(error)).lower()
-    return StudyError(f"cannot write {path}: {reason}; {REMEDIES.get(error.errno, 'check the disk')}")
+    why = (error.strerror or str(error)).lower()
+    return StudyError(f"cannot write {path}: {why}; {REMEDIES.get(error.errno, 'check the disk')}")
+
+
+def read_bytes(path: str | os.PathLike, most: int = 2**33) -> bytes:
+    """All of a regular file of at most ``most`` bytes.
+
+    Raises StudyError for what is missing, larger, or a folder, pipe or device.
+    """
+    try:
+        with open(_open_regular(path, os.O_RDONLY), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise StudyError(f"{path} has {size} bytes, more than the {most} that are read; not opened")
+            return file.read(size)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        if isinstance(error, StudyError):
+            raise
+        why = (getattr(error, "strerror", None) or reason(error)).lower()
+        raise StudyError(f"cannot read {path}: {why}; give a file that can be read") from error
+
+
+def read_text(path: str | os.PathLike, most: int = 2**27) -> str:
+    """The UTF-8 text of a regular file; StudyError as :func:`read_bytes`, and for other bytes."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path} is not UTF-8 text ({reason(error)}); use another copy") from error
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Add a line to a text file that is no link, made if it is not there; StudyError if that fails."""
+    try:
+        with open(_open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise write_fault(path, error) from error
+
+
+def _open_regular(path: str | os.PathLike, flags: int) -> int:
+    """A descriptor of a regular file; OSError for anything else, without waiting for a pipe's other end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, "not a regular file", os.fspath(path))
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -40,7 +96,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what the block wrote there becomes `path` when it ends well.
 
     The temporary file keeps the suffix (some writers choose the format by it) and is on the disk
-    before it is renamed, so that a crash leaves the old file or the new one. If the block raises,
+    before it is renamed, the folder after, so that a crash or a cut of power leaves the old file or the new
+    one, and once the block has ended the new one. If the block raises,
     `path` is untouched and the temporary file is gone. The folder must exist: a run folder that
     vanished is a fault, not something to make anew in silence.
 
@@ -50,10 +107,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     _remove_orphans(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()  # whatever it is: the block would write through a link
         yield temporary
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         temporary.replace(path)
-        _flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
     except OSError as error:
         # A block that fails to read something else says so itself.
         if error.filename is not None and Path(error.filename) not in (temporary, path.parent):
@@ -70,7 +129,48 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _flush_to_disk(path: Path) -> None:
+def keep_as(path: Path, kept: Path) -> None:
+    """Give the content of ``path`` the second name ``kept``, in one step; its own name stays."""
+    spare = kept.with_name(f"{kept.name}.spare")
+    try:
+        spare.unlink(missing_ok=True)
+        try:
+            os.link(path, spare, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # a file system without hard links
+            shutil.copyfile(path, spare)
+            flush_to_disk(spare)
+        os.replace(spare, kept)
+    except OSError as error:
+        raise write_fault(kept, error) from error
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename ``folder``, which this process holds, to the first free ``<name>.1``, ``.2``, ...; make it anew.
+
+    The lock stays with the new folder: no other process comes in between. Returns the old one's new name.
+    """
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
+        number += 1
+    new = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed in here
+        new.mkdir()
+        try:
+            os.link(folder / LOCK, new / LOCK)
+        except (OSError, NotImplementedError):
+            os.rename(folder / LOCK, new / LOCK)
+        os.rename(folder, aside)
+        os.rename(new, folder)  # fails if somebody made that folder meanwhile
+        (aside / LOCK).unlink(missing_ok=True)
+        flush_to_disk(folder.parent)
+    except OSError as error:
+        raise write_fault(aside, error) from error
+    return aside
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, would survive a cut of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,9 +210,9 @@ def lock_folder(folder: str | os.PathLike, command: str | None = None) -> Iterat
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        raise write_fault(folder, error) from error
+        raise write_fault(error.filename or folder, error) from error
     try:
         _take(descriptor, folder, command or " ".join(sys.argv))
         yield descriptor
@@ -138,6 +238,7 @@ def _take(descriptor: int, folder: Path, command: str) -> None:
 def _holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 65536, 0))
-        return "process {pid} since {started} ({command})".format_map(holder)
-    except (ValueError, KeyError):  # read between its truncation and its writing
+        told = {name: str(holder[name])[:150] for name in ("pid", "started", "command")}
+        return "process {pid} since {started} ({command})".format_map(told)
+    except (ValueError, KeyError, TypeError):  # read between its truncation and its writing
         return "another process"

@@ -1,17 +1,20 @@
 """Break the study on purpose and count what survives: ``make faults``, or ``python tests/faults.py --help``.
 
 A small run of the smoke profile, training and pruning, is killed at random moments and started again by
-the same command; checkpoints and data files are damaged; crafted pickles are opened; small file systems
-are filled. Survived means: the same bits as a run never disturbed, or one line of error.
+the same command; every file that the study reads is damaged, and made anew with a right digest; crafted
+pickles are opened; commands and `make` get hostile values and names; small file systems are filled.
+Survived means: the same bits as a run never disturbed, or one line of error in time and in little memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -26,16 +29,32 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from PIL import Image
 
-from msunet_core import StudyError, build_msunet, load_checkpoint, load_data
+from msunet_core import (
+    ImageData,
+    StageConfig,
+    StudyError,
+    build_msunet,
+    load_checkpoint,
+    load_data,
+    load_profile,
+    pack,
+    prune,
+    unpack,
+)
 from msunet_core.data.sources import save_npz
-from msunet_core.model.checkpoint import read_checkpoint
+from msunet_core.measure import packed_format
+from msunet_core.model import checkpoint
+from msunet_core.model.checkpoint import PREVIOUS, read_checkpoint
 from msunet_core.training.stages import CHECKPOINT
 
 AT_ONCE = 2  # processes; each computes in one thread
 MEMORY = 3 * 2**30  # bytes that a process which opens damaged files may map beyond what it has
 GROWTH = 700 * 2**20  # bytes that its resident size may grow by: twice the largest file accepted, and room
+SECONDS = 20  # that one file may take: more is a hang
 STAGES = ("train", "prune")
 # The smoke profile, narrower and with fewer images: 30 steps and 5 checkpoints in some seconds.
 SHORT = [
@@ -60,11 +79,13 @@ class Row:
     lost: int = 0
     executed: int = 0
     tracebacks: int = 0
+    hangs: int = 0
     undetectable: int = 0
+    megabytes: int = 0
     note: str = ""
 
     def bad(self) -> int:
-        return self.lost + self.executed + self.tracebacks
+        return self.lost + self.executed + self.tracebacks + self.hangs
 
 
 # --- killed runs ------------------------------------------------------------------------------------------
@@ -254,6 +275,10 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path)[0].state_dict()
 
 
+def packed_of(path: Path) -> dict[str, torch.Tensor]:
+    return unpack(path).state_dict()
+
+
 def images_of(path: Path) -> dict[str, torch.Tensor]:
     data = load_data(path)
     names = torch.frombuffer(bytearray("\0".join(data.class_names).encode()), dtype=torch.uint8)
@@ -261,36 +286,201 @@ def images_of(path: Path) -> dict[str, torch.Tensor]:
     return {"class_names": names} | {name: getattr(data, name) for name in arrays}
 
 
+def folder_of(path: Path) -> dict[str, torch.Tensor]:
+    """The data folder that a damaged picture lies in."""
+    return images_of(path.parents[2])
+
+
+def profile_of(path: Path) -> dict[str, torch.Tensor]:
+    return {repr(load_profile(str(path))): torch.zeros(0)}
+
+
+def overridden(path: Path) -> dict[str, torch.Tensor]:
+    """A profile with a value of --set: a line of the file."""
+    return {
+        repr(load_profile(overrides=[path.read_bytes().decode(errors="surrogateescape")])): torch.zeros(0)
+    }
+
+
+def resumed(path: Path) -> dict[str, torch.Tensor]:
+    """The pruning stage that a checkpoint is of, gone on with to its end."""
+    model = prune(*small_pruning(), path.parent, device="cpu", progress=False).model
+    return model.state_dict()
+
+
+def small_pruning() -> tuple:
+    """Arguments of a stage of two steps an epoch."""
+    config = StageConfig(
+        epochs=2, batch_size=4, pruner="V3", opt_level="O2", freeze_ternary=True, warmup_epochs=0, lr=0.01
+    )
+    draw = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (8, 32, 32, 3), generator=draw, dtype=torch.uint8)
+    labels = torch.arange(8) % 2
+    data = ImageData(pictures, labels, pictures, labels, class_names=("a", "b"), source="faults")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_msunet("v3", num_classes=2, width=0.0625), data, config
+
+
+def half_pruned(folder: Path) -> Path:
+    """A checkpoint in the middle of an epoch."""
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        prune(*small_pruning(), folder, device="cpu", progress=stop)
+    except KeyboardInterrupt:
+        return folder / CHECKPOINT
+    raise SystemExit("the stage that was to be stopped ended")
+
+
+ODD = (
+    -3, 0, 2**31, 10**9, 10**30, -1.5, 1e308, 1e-308, math.nan, math.inf, True, None, "", "x", "\x1b[31m",
+    [], {}, [[]], {"a": 1}, [1, "x"], "9" * 5000,
+)  # fmt: skip
+
+
+def other_json(draw: random.Random, tree: object) -> None:
+    """Change one thing somewhere in a JSON tree."""
+    while isinstance(tree, dict | list) and tree:
+        key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+        if isinstance(tree[key], dict | list) and tree[key] and draw.random() < 0.8:
+            tree = tree[key]
+            continue
+        if draw.random() < 0.2:
+            del tree[key]
+        else:
+            tree[key] = draw.choice(ODD)
+        return
+
+
+def other_tensor(draw: random.Random, tensors: dict[str, torch.Tensor]) -> None:
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name]
+    kind = draw.randrange(8)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[f"{name}x"] = tensor.clone()
+    elif kind == 2:
+        tensors[name] = tensor.reshape(-1)[: draw.choice((0, 1, 3))].clone()
+    elif kind == 3:
+        tensors[name] = tensor.unsqueeze(0).clone()
+    elif kind == 4:
+        tensors[name] = tensor.to(draw.choice((torch.float16, torch.float64, torch.int32, torch.bool)))
+    else:
+        odd = draw.choice((math.nan, math.inf, -1.0, 1e30))
+        tensors[name] = torch.full_like(tensor, odd if tensor.is_floating_point() else -1)
+
+
+def own_made_anew(draw: random.Random, content: bytes) -> tuple[str, bytes]:
+    """Another checkpoint of the study's own with a right digest."""
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors, info = safetensors.torch.load(content), json.loads(metadata["study"])
+    if draw.random() < 0.6:
+        other_json(draw, info)
+    else:
+        other_tensor(draw, tensors)
+    text = json.dumps(info)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    digest = checkpoint._digest(text, tensors)
+    return "made anew", safetensors.torch.save(tensors, {"study": text, "digest": digest})
+
+
+def packed_made_anew(draw: random.Random, content: bytes) -> tuple[str, bytes]:
+    """Another packed file with a right digest."""
+    kind, damaged = mutate(draw, content)
+    place = packed_format.DIGEST_AT
+    digest = packed_format.digest_of(damaged)
+    return f"{kind}, made anew", damaged[: place.start] + digest + damaged[place.stop :]
+
+
+PIECES = (
+    "!!timestamp x", "!!int ''", "!!python/name:os.system", "&a ", "*a", "{", "}", "[", "]", ": ", ", ", "- ",
+    "? ", "<<: ", "9" * 400, "0x", "1:2:3", ".inf", ".nan", "2020-01-01", "~", "'", '"', "|", ">", "#", "%",
+    "@", "`", "\t", "\n", "\0", "\x1b", "é", "train", "epochs", "seed", "=", ".", "true", "3", "-1", "1e9",
+)  # fmt: skip
+
+
+def other_text(draw: random.Random, content: bytes) -> tuple[str, bytes]:
+    """A text with pieces of YAML put in, or one of nothing else."""
+    text = (
+        content.decode(errors="replace") if draw.random() < 0.7 else draw.choice(("train.epochs=", "seed: "))
+    )
+    for _ in range(draw.randrange(1, 6)):
+        place = draw.randrange(len(text) + 1)
+        piece = draw.choice(PIECES) * draw.choice((1, 1, 1, 2, 50, 2000))
+        text = text[:place] + piece + text[place + draw.choice((0, 0, 3)) :]
+    return "pieces", text.encode()
+
+
+# By kind of file: how it is opened, how it is damaged, and whether other content in it can be told.
+READERS = {
+    "own checkpoint": (state_of, mutate, True),
+    "own checkpoint, right digest": (state_of, own_made_anew, False),
+    "resumed checkpoint, right digest": (resumed, own_made_anew, False),
+    "published checkpoint, zip": (state_of, mutate, True),
+    "published checkpoint, legacy": (state_of, mutate, False),
+    "packed file": (packed_of, mutate, True),
+    "packed file, right digest": (packed_of, packed_made_anew, False),
+    "data .npz": (images_of, mutate, True),
+    "PNG in a folder": (folder_of, mutate, False),
+    "YAML profile": (profile_of, other_text, False),
+    "value of --set": (overridden, other_text, False),
+}
+
+
+class Hang(BaseException):
+    """A file took longer than it may."""
+
+
+def ring(*_) -> None:
+    raise Hang
+
+
 def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def verdict(load: Callable[[Path], dict], path: Path, expected: dict) -> str:
-    """What came of opening a file: "refused", "same", "other" content, or how it failed."""
+    """What came of opening a file: "refused", "same", "other" content, "hang", or how it failed."""
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
     try:
         found = load(path)
     except StudyError as error:
-        return "refused" if "\n" not in str(error) and str(error) else "more than one line"
+        return "refused" if 0 < len(str(error)) <= 300 and str(error).isprintable() else "not one line"
+    except Hang:
+        return "hang"
     except BaseException as error:
         return f"traceback: {type(error).__name__}: {error}"
+    finally:
+        signal.alarm(0)
     return "same" if same(found, expected) else "other"
 
 
-def open_damaged(path: Path, count: int, seed: int) -> dict:
+def open_damaged(kind: str, path: Path, count: int, seed: int) -> dict:
     """In a process with little memory: damage one file ``count`` times and open each copy."""
-    load = images_of if path.suffix == ".npz" else state_of
-    draw, original = random.Random(f"{seed} {path.name}"), path.read_bytes()
+    load, damage, telling = READERS[kind]
+    draw, original = random.Random(f"{seed} {kind}"), path.read_bytes()
+    shutil.copytree(path.parent, spare := path.parent.with_name("as it was"))
     expected = load(path)
     limit_memory()
     tally: dict[str, int] = {}
-    copy = path.with_name(f"damaged-{path.name}")
-    for _ in range(count):
-        kind, damaged = mutate(draw, original)
-        copy.write_bytes(damaged)
-        found = verdict(load, copy, expected)
-        tally[found] = tally.get(found, 0) + 1
-        if found not in ("refused", "same") and not (found == "other" and "legacy" in path.name):
-            print(f"  {path.name}, {kind}: {found}", file=sys.stderr)
+    with contextlib.redirect_stderr(io.StringIO()):  # a stage that goes on may say so
+        for _ in range(count):
+            how, damaged = damage(draw, original)
+            if load is resumed:
+                shutil.rmtree(path.parent)
+                shutil.copytree(spare, path.parent)
+                path.with_name(CHECKPOINT + PREVIOUS).unlink(missing_ok=True)
+            path.write_bytes(damaged)
+            found = verdict(load, path, expected)
+            tally[found] = tally.get(found, 0) + 1
+            if found not in ("refused", "same") and (found != "other" or telling):
+                print(f"  {kind}, {how}: {found[:200]!r}", file=sys.__stderr__)
     return tally
 
 
@@ -349,65 +539,204 @@ def open_crafted(folder: Path) -> dict:
     return tally | {"executed": len(list(folder.glob("ran-*")))}
 
 
-def in_a_process(*arguments) -> dict:
+def in_a_process(*arguments, seconds: int = 3600) -> dict:
     """One of the two functions above in a process of its own; how it ended if it did not end well."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--open", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, __file__, "--open", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"hang": 1}
     print(done.stderr, end="", flush=True)
     if done.returncode != 0:
         return {f"the process ended with status {done.returncode}": 1}
     return json.loads(done.stdout)
 
 
-def try_files(count: int, seed: int, scratch: Path, own: Path, data: Path) -> list[Row]:
-    files = scratch / "files"
-    files.mkdir()
+def prepared(files: Path, own: Path, data: Path) -> dict[str, Path]:
+    """A good file of each kind, each in a folder of its own."""
     state = build_msunet("v3").state_dict()
     sgd = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
     content = {"epoch": 3, "arch": "msunet", "state_dict": state, "optimizer": sgd, "metric": 80.13}
     content["args"] = argparse.Namespace(lr=0.1, model="msunet")
-    paths = {
-        "own checkpoint": files / "own.safetensors",
-        "published checkpoint, zip": files / "zip.pth.tar",
-        "published checkpoint, legacy": files / "legacy.pth.tar",
-        "data .npz": files / "images.npz",
+    names = {
+        "published checkpoint, zip": "zip.pth.tar",
+        "published checkpoint, legacy": "legacy.pth.tar",
+        "data .npz": "images.npz",
+        "YAML profile": "own.yaml",
+        "PNG in a folder": "train/a/0.png",
     }
-    shutil.copy(own, paths["own checkpoint"])
-    shutil.copy(data, paths["data .npz"])
-    torch.save(content, paths["published checkpoint, zip"])
-    torch.save(content, paths["published checkpoint, legacy"], _use_new_zipfile_serialization=False)
+    paths = {}
+    for number, kind in enumerate(READERS):
+        paths[kind] = path = files / str(number) / names.get(kind, "a.safetensors")
+        if not kind.startswith("resumed"):
+            path.parent.mkdir(parents=True)
+        if kind.startswith("own"):
+            shutil.copy(own, path)
+        elif kind.startswith("resumed"):
+            paths[kind] = half_pruned(files / str(number))
+        elif kind.startswith("packed"):
+            pack(load_checkpoint(own)[0], path)
+        elif kind.startswith("published"):
+            torch.save(content, path, _use_new_zipfile_serialization="zip" in kind)
+        elif kind == "data .npz":
+            shutil.copy(data, path)
+        elif kind == "PNG in a folder":
+            for split in ("train", "test"):
+                for name in "ab":
+                    picture = files / str(number) / split / name / "0.png"
+                    picture.parent.mkdir(parents=True, exist_ok=True)
+                    Image.effect_noise((32, 32), 50).convert("RGB").save(picture)
+        else:
+            path.write_text("train.epochs=3" if "set" in kind else "seed: 3\ntrain: {epochs: 3}\n")
+    return paths
+
+
+def try_files(count: int, seed: int, scratch: Path, own: Path, data: Path) -> list[Row]:
+    paths = prepared(scratch / "files", own, data)
+    share = max(1, count // len(paths))
     rows = []
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        shares = [count * (number + 1) // 4 - count * number // 4 for number in range(4)]
-        tallies = pool.map(lambda path, share: in_a_process(path, share, seed), paths.values(), shares)
-        for name, share, tally in zip(paths, shares, tallies, strict=True):
-            row = Row(f"damaged {name}", tried=share)
-            peak = tally.pop("grown", 0)
+        tallies = pool.map(lambda kind: in_a_process(kind, paths[kind], share, seed), paths)
+        for kind, tally in zip(paths, tallies, strict=True):
+            row = Row(f"damaged {kind}", tried=share)
+            grown = tally.pop("grown", 0)
+            row.megabytes = grown >> 20
+            row.hangs = tally.pop("hang", 0)
             row.survived = tally.pop("refused", 0) + (unharmed := tally.pop("same", 0))
             other = tally.pop("other", 0)
             row.note = f"{unharmed} without effect on the content"
-            if "legacy" in name:
-                row.undetectable = other
-                row.note += "; this format has no checksum, so other numbers in it are just other numbers"
-            else:
+            if READERS[kind][2]:
                 row.lost += other
-            if peak > GROWTH:
+            else:
+                row.undetectable = other
+                row.note += "; what is other here is just other content" if other else ""
+            if grown > GROWTH:
                 row.lost += 1
-                row.note += f"; memory grew by {peak >> 20} MB"
+                row.note += "; too much memory"
             row.tracebacks += sum(tally.values())
             rows.append(row)
     folder = scratch / "crafted"
     folder.mkdir()
     tally = in_a_process(folder)
-    row = Row("crafted pickle", executed=tally.pop("executed", 0))
-    tally.pop("grown", 0)
+    row = Row("crafted pickle", executed=tally.pop("executed", 0), hangs=tally.pop("hang", 0))
+    row.megabytes = tally.pop("grown", 0) >> 20
     row.tried, row.survived = sum(tally.values()), tally.pop("refused", 0)
     row.tracebacks = sum(tally.values())
     return [*rows, row]
+
+
+# --- hostile names and values -----------------------------------------------------------------------------
+
+# Each would do something, or break, in a shell, in make's own language or in a rule of its.
+HOSTILE = (
+    "a b", "100%", "a(b)", "it's", 'say "a"', "x`touch pwned`", "x`touch${IFS}pwned`", "$(touch pwned)",
+    "$(shell touch pwned)", "${shell touch pwned}", "$$(touch pwned)", "a&touch pwned&", "cat;touch pwned;#",
+    ">pwned", "a|touch pwned", "a:b", "a\\", "a#b", "-rf", "*", "~", "=", "a\ntouch pwned", "$(error no)",
+    "{a,b}", "%.npz", "a,b", "(", ")", "$", "$(", "é\x1b[31m", "!!", "?",
+    "$(eval x:;touch pwned)", "'`touch pwned`'",
+)  # fmt: skip
+STAND_IN = '#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$*" >> ran\n'
+
+
+def call(command: list[str], folder: Path, **environment: str) -> tuple[int | None, str]:
+    """Exit status (None: it hung) and output of a command."""
+    kept = {
+        n: v for n, v in os.environ.items() if not n.startswith(("MAKE", "MFLAGS", "STUDY_", "VIRTUAL_ENV"))
+    }
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env={**kept, **environment}, capture_output=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, (done.stdout + done.stderr).decode(errors="replace")
+
+
+def try_make(count: int, seed: int, scratch: Path) -> Row:
+    """`make` with hostile values and between files of hostile names; a stand-in of Python trains nothing."""
+    folder, row, draw = scratch / "make", Row("hostile value or name for make"), random.Random(seed)
+    for place in ("", "notebooks", "msunet_core/study/profiles", "data/train", "runs/smoke"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for name in HOSTILE:
+            if "/" not in name:
+                (folder / place / f"{name}.yaml").touch()
+    root = Path(__file__).parent.parent
+    shutil.copy(root / "Makefile", folder)
+    shutil.copy(root / "msunet_core/errors.py", folder / "msunet_core")
+    for name in ("requirements.txt", "pyproject.toml"):
+        (folder / name).touch()
+    (folder / "python").write_text(STAND_IN)
+    (folder / "python").chmod(0o755)
+    before = sorted(os.listdir(folder))
+    names = ("DATA", "RUN", "PROFILE", "SET", "CHECKPOINT", "OUT", "DEVICE", "BENCH", "MSUNET_RUNS")
+    asked = [(name, value) for name in names for value in HOSTILE]
+    for name, value in draw.sample(asked, min(count, len(asked))):
+        for target in ("help", "reproduce", "score", "bench", "clean"):
+            row.tried += 1
+            status, output = call(["make", target, f"{name}={value}"], folder, PYTHON="./python")
+            (folder / "ran").unlink(missing_ok=True)
+            row.hangs += status is None
+            row.executed += (ran := sorted(os.listdir(folder)) != before)
+            row.tracebacks += "Traceback" in output
+            # Only clean looks at a value by itself; all others hand it on.
+            row.lost += (told := target != "clean" and status not in (0, None))
+            row.survived += not (ran or told or status is None)
+            if ran or told:
+                print(f"  make {target} {name}={value!r}: {status} {output[-200:]!r}", flush=True)
+                (folder / "pwned").unlink(missing_ok=True)
+    return row
+
+
+def try_commands(count: int, seed: int, scratch: Path, data: Path) -> Row:
+    """The command line with hostile values: a status other than 0 and one line, or done."""
+    row, draw = Row("hostile value on the command line"), random.Random(seed)
+    odd = (
+        *HOSTILE,
+        "",
+        "/dev/zero",
+        "meta",
+        "cuda:99",
+        "9" * 5000,
+        "-1",
+        "1e99",
+        "nan",
+        "\x1b[2J",
+        "a" * 3000,
+    )
+    python = [sys.executable, "-m", "msunet_core"]
+    lines = [
+        *(
+            ["data", f"--{name}={value}"]
+            for name in ("data", "limit", "seed", "device", "variant")
+            for value in odd
+        ),
+        *(["score", f"./{value}"] for value in odd),
+        *(["train", "--set", f"{value}={value}", "--out", "out"] for value in odd),
+        *(["train", f"--device={value}", f"--data={data}", "--limit=1", "--out", "out"] for value in odd),
+        *(["score", f"--opt-level={value}"] for value in odd),
+    ]
+    folder = scratch / "commands"
+    folder.mkdir()
+
+    def one(line: list[str]) -> tuple[list[str], int | None, str]:
+        line = [part.replace("\0", "") for part in line]
+        root = str(Path(__file__).parent.parent)
+        return line, *call([*python, *line], folder, OMP_NUM_THREADS="1", PYTHONPATH=root)
+
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for line, status, output in pool.map(one, draw.sample(lines, min(count, len(lines)))):
+            row.tried += 1
+            row.hangs += status is None
+            row.tracebacks += (trace := "Traceback" in output)
+            said = output.rstrip("\n")
+            refused = status == 2 and said.startswith("error: ") and said.isprintable() and len(said) <= 310
+            row.survived += (fine := status == 0 or refused)
+            row.lost += not (fine or trace or status is None)
+            if not fine:
+                print(f"  {line}: {status} {output[-300:]!r}"[:600], flush=True)
+    row.executed = (folder / "pwned").exists()
+    return row
 
 
 # --- full and vanished disks ------------------------------------------------------------------------------
@@ -474,7 +803,8 @@ def try_vanishing(scratch: Path, data: Path) -> Row:
 def table(rows: list[Row]) -> str:
     names = [field.name for field in dataclasses.fields(Row)]
     lines = [names] + [[str(getattr(row, name)) for name in names] for row in rows]
-    total = ["all", *(str(sum(getattr(row, name) for row in rows)) for name in names[1:-1]), ""]
+    join = {"megabytes": max}
+    total = ["all", *(str(join.get(n, sum)(getattr(row, n) for row in rows)) for n in names[1:-1]), ""]
     lines.append(total)
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     text = io.StringIO()
@@ -489,7 +819,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, help="how many runs to kill (default 30; quick 2)")
-    parser.add_argument("--files", type=int, help="how many damaged files to open (default 1000; quick 60)")
+    parser.add_argument("--files", type=int, help="how many damaged files to open (default 3300; quick 110)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice here")
     parser.add_argument("--quick", action="store_true", help="a short version: training alone, no disks")
     parser.add_argument("--open", nargs="+", help=argparse.SUPPRESS)  # the process for damaged files
@@ -497,14 +827,15 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     if arguments.open:
-        path, *rest = arguments.open
+        first, *rest = arguments.open
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = open_damaged(Path(path), *map(int, rest)) if rest else open_crafted(Path(path))
+        path = Path(rest[0] if rest else first)
+        found = open_damaged(first, path, *map(int, rest[1:])) if rest else open_crafted(path)
         found["grown"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         print(json.dumps(found))
         return 0
     kills = arguments.kills if arguments.kills is not None else (2 if arguments.quick else 30)
-    files = arguments.files if arguments.files is not None else (60 if arguments.quick else 1000)
+    files = arguments.files if arguments.files is not None else (110 if arguments.quick else 3300)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         scratch = Path(folder)
@@ -515,6 +846,9 @@ def main() -> int:
         own = scratch / "whole" / stages[-1] / CHECKPOINT
         print(f"opening {files} damaged files", flush=True)
         rows += try_files(files, arguments.seed, scratch, own, data)
+        print("hostile values and names", flush=True)
+        rows.append(try_make(3 if arguments.quick else 1000, arguments.seed, scratch))
+        rows.append(try_commands(6 if arguments.quick else 120, arguments.seed, scratch, data))
         if not arguments.quick:
             print("filling small file systems, removing a run folder", flush=True)
             rows += try_disks(scratch, data, scratch / "whole" / "train" / CHECKPOINT)

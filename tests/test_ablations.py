@@ -22,7 +22,7 @@ from msunet_core.files import ROOT
 from msunet_core.study import ablations, cluster
 from msunet_core.study.ablation_figures import pareto, plot_effects, plot_factor_curves, plot_front
 from msunet_core.study.ablations import read_results, run_ablations, tabulate
-from msunet_core.study.claims import budget_of, claims_beside_findings, resolved_rows
+from msunet_core.study.findings import budget_of, claims_beside_findings, resolved_rows
 from msunet_core.study.grid import GRID, load_grid
 from msunet_core.study.profile import load_profile, profile_names
 from msunet_core.training.stages import CHECKPOINT

@@ -236,6 +236,13 @@ def test_lambda_is_the_real_share_outside_the_box(many):
     assert torch.equal(many.lam, 1 - (y1 - y0) * (x1 - x0) / 1024)
 
 
+def test_a_box_that_is_not_clipped_has_even_sides_about_its_centre(many):
+    y0, y1, x0, x1 = many.box.unbind(1)
+    inside = (y0 > 0) & (x0 > 0) & (y1 < 32) & (x1 < 32)
+    assert inside.sum() > 500
+    assert ((y1 - y0)[inside] % 2 == 0).all() and ((x1 - x0)[inside] % 2 == 0).all()
+
+
 def test_unclipped_boxes_are_squares_whose_area_is_uniform():
     boxes, lam = draw_boxes(20_000, 32, epoch_generator(0, "boxes", 0))
     y0, y1, x0, x1 = boxes.unbind(1)

@@ -94,7 +94,7 @@ def test_expected_bands_hold_for_the_profiles_own_data_alone(tmp_path):
     [
         (
             {"name": "smok"},
-            "profile 'smok' is unknown; did you mean 'smoke'? choose one of cpu, evidence, paper, ",
+            "profile 'smok' is unknown; did you mean 'smoke'? choose one of cpu, evidence, paper, quick, smoke",
         ),
         ({"name": "missing.yaml"}, "profile 'missing.yaml' is unknown"),
         ({"variant": "v4"}, "variant 'v4' is unknown; choose one of v1, v2, v3"),
@@ -104,8 +104,8 @@ def test_expected_bands_hold_for_the_profiles_own_data_alone(tmp_path):
         ({"overrides": "trian.epochs=3"}, "parameter trian is unknown; did you mean 'train'?"),
         ({"overrides": "train.epochs"}, "override 'train.epochs' has no '='"),
         ({"overrides": "=3"}, "parameter  is unknown"),
-        ({"overrides": "train.epochs=[1"}, "has a value that is not YAML"),
-        ({"overrides": "train.lr=2020-99-99"}, "has a value that is not YAML"),
+        ({"overrides": "train.epochs=[1"}, "is not readable YAML"),
+        ({"overrides": "train.lr=2020-99-99"}, "is not readable YAML"),
         ({"overrides": "train=3"}, "train is 3, not a mapping"),
         ({"overrides": "train.epochs.more=3"}, "parameter train.epochs is {'more': 3}, not of type int"),
         ({"overrides": "train.epochs=3.5"}, "parameter train.epochs is 3.5, not of type int"),
@@ -146,7 +146,7 @@ def test_a_wrong_name_or_value_is_refused_in_one_line(arguments, message):
         ("seed: 2020-99-99\n", "is not readable YAML"),
         ("expect: {top1: 3}\n", "parameter expect is {'top1': 3}, not of type dict"),
         ("expect: 3\n", "parameter expect is 3, not of type dict"),
-        ("1: 2\n", "parameter 1 is unknown"),
+        ("1: 2\n", "no text, number, list or mapping of names"),
     ],
 )
 def test_a_profile_file_that_does_not_fit_is_refused_in_one_line(tmp_path, text, message):
@@ -158,7 +158,7 @@ def test_a_profile_file_that_does_not_fit_is_refused_in_one_line(tmp_path, text,
 def test_bytes_that_are_not_text_are_refused_as_a_profile(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_bytes(bytes(range(128, 256)))
-    refused("is not readable YAML", name=str(path))
+    refused("is not UTF-8 text", name=str(path))
 
 
 @pytest.mark.parametrize("text", ["", "network:\ndata:\nvariants:\n"])
@@ -171,3 +171,57 @@ def test_an_empty_profile_is_the_default_one(tmp_path, text):
 def test_a_configuration_cannot_be_changed_behind_a_runs_back():
     with pytest.raises(dataclasses.FrozenInstanceError):
         StageConfig().lr = 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!timestamp x", "!!int ''", "!!float ''", "!!bool x", "!!binary é", "!!binary YQ==", "!!set {a, b}",
+        "!!omap [a: 1]", "!!pairs [a: 1]", "!!python/object/apply:os.system ['touch pwned']", "!unknown x",
+        "2020-01-01", "9" * 5000, "0x" + "f" * 5000, "1:" * 3000 + "1", "[" * 5000, "{" * 5000, "- " * 3000,
+        "&a {x: *a}", "&a [*a]", "*a", "{a: 1, a: 2}", "{? [1]: 2}", "{? {}: 2}", "{<<: [{a: 1}, {b: 2}]}",
+        "{<<: 3}", "=", "~: 1", "a: b: c", "\t", "'", "%", "x" * 70_000, "{1: 2}", "\0", "\ud800", ".nan",
+        "-.inf", "[1, 2", "!!str [a]", "!!map [a]", "!!seq {}", "&", "? ", "- - - - - - - - - - - x",
+        "{null: 1}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["{}", "seed: {}", "train: {}", "train:\n  milestones: {}", "variants: {}"])
+def test_no_value_of_yaml_is_a_traceback_or_more_than_a_line(tmp_path, text, place):
+    path = tmp_path / "own.yaml"
+    path.write_bytes(place.replace("{}", text).encode(errors="surrogatepass"))
+    for arguments in ({"name": str(path)}, {"overrides": [f"seed={text}"]}, {"overrides": [f"{text}=3"]}):
+        try:
+            profile = load_profile(**arguments)
+        except StudyError as error:
+            assert len(str(error)) <= 300 and str(error).isprintable()
+        else:
+            assert profile.seed in (0, 1, 2)
+
+
+def test_an_alias_is_a_value_and_a_bomb_of_them_is_refused(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("train: &a {epochs: 7, lr: 0.2}\nprune: {<<: *a, lr: 0.1}")
+    profile = load_profile(str(path))
+    assert (profile.prune.epochs, profile.prune.lr, profile.train.lr) == (7, 0.1, 0.2)
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    path.write_text("\n".join(["a0: &a0 [x]", *levels]))
+    refused("more than 5000 values", name=str(path))
+    merges = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)]
+    path.write_text("\n".join(["a0: &a0 {x: 1}", *merges]))
+    refused("merges (<<)", name=str(path))
+
+
+@pytest.mark.parametrize("kind", ["twice", "again in an override"])
+def test_a_name_that_is_given_twice_is_refused(tmp_path, kind):
+    path = tmp_path / "own.yaml"
+    path.write_text("train: {epochs: 3, epochs: 4}" if kind == "twice" else "seed: 1")
+    if kind == "twice":
+        refused("it has 'epochs' twice", name=str(path))
+    else:
+        refused("it has 'epochs' twice", overrides=["train={epochs: 3, epochs: 4}"])
+
+
+def test_the_largest_seed_that_is_promised_is_taken():
+    assert load_profile(seed=2**63 - 1).seed == 2**63 - 1
+    assert load_profile(overrides=[f"seed={2**63 - 1}"]).seed == 2**63 - 1
+    refused("seed 9223372036854775808 is outside", seed=2**63)

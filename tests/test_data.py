@@ -7,9 +7,12 @@ import http.server
 import io
 import os
 import pickle
+import struct
 import tarfile
 import threading
+import tracemalloc
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -470,3 +473,142 @@ def test_held_out_images_are_the_last_of_each_class_and_no_longer_trained_on():
 def test_a_hold_out_that_leaves_a_class_empty_is_refused(count):
     with pytest.raises(StudyError, match=rf"hold-out {count} of each class is outside 1 .. 4"):
         hold_out(load_data("synthetic", limit=5), count)
+
+
+# --- files of strangers -----------------------------------------------------------------------------------
+
+
+def header(descr: str, shape: tuple) -> bytes:
+    stream = io.BytesIO()
+    fields = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+def put(path: Path, name: str, content: bytes, kind: int = zipfile.ZIP_DEFLATED) -> None:
+    """Replace one array of an .npz by bytes."""
+    with zipfile.ZipFile(path) as archive:
+        members = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in (members | {f"{name}.npy": content}).items():
+            archive.writestr(entry, data, kind)
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "content"),
+    [
+        ("<U0", (3_000_000_000,), b""),
+        ("|V0", (3_000_000_000,), b""),
+        ("<U1", (3,), b"\xff" * 12),
+        (">U1", (3,), bytes.fromhex("00110000") * 3),
+        ("<U1", (3,), b"\0\xd8\0\0" * 3),
+        ("<U1", (3,), b"\x1b\0\0\0" * 3),
+        ("<U2000000", (3,), b"a\0\0\0" * 6_000_000),
+        ("<U1", (1_000_000,), b"a\0\0\0" * 1_000_000),
+        ("<U1", (4_000_000_000,), b""),
+        ("<U1", (-3,), b""),
+    ],
+    ids=[
+        "no width",
+        "void",
+        "beyond",
+        "beyond, swapped",
+        "surrogates",
+        "escapes",
+        "long",
+        "many",
+        "lie",
+        "minus",
+    ],
+)
+def test_class_names_that_are_none_are_refused_and_take_no_memory(npz, descr, shape, content):
+    path = npz()
+    put(path, "class_names", header(descr, shape) + content)
+    tracemalloc.start()
+    try:
+        assert "class_names" in refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_class_names_of_the_other_byte_order_are_names(npz):
+    path = npz(class_names=np.array(NAMES, dtype=">U5"))
+    assert load_data(path).class_names == NAMES
+
+
+def test_a_small_file_of_nothing_does_not_fill_the_memory(npz):
+    path = npz()
+    put(path, "train_images", header("|u1", (30_000, 32, 32, 3)) + bytes(30_000 * 3072))
+    assert path.stat().st_size < 200_000
+    assert "claims shape (30000, 32, 32, 3)" in refusal(path)
+
+
+def test_an_archive_of_very_many_members_or_of_another_packing_is_refused(npz):
+    path = npz()
+    put(path, "class_names", header("<U1", (1,)) + b"a\0\0\0", zipfile.ZIP_LZMA)
+    assert "packed in another way" in refusal(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(2000):
+            archive.writestr(f"{number}", b"")
+    assert "more than 1000 members" in refusal(path)
+
+
+def png(**options) -> bytes:
+    stream = io.BytesIO()
+    mode, more = options.pop("mode", "RGB"), options.pop("append_images", [])
+    Image.new(mode, (32, 32)).save(stream, "PNG", append_images=more, **options)
+    return stream.getvalue()
+
+
+def sixteen_bits() -> bytes:
+    """A PNG of 16 bits a channel, which PIL reads as 8-bit RGB without a word."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    rows = (b"\0" + bytes(32 * 6)) * 32
+    head = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda: png(save_all=True, append_images=[Image.new("RGB", (32, 32), "red")]), "animated"),
+        (sixteen_bits, "16 bits a channel"),
+        (lambda: png(transparency=(1, 2, 3)), "partly transparent"),
+        (lambda: png(mode="P", transparency=0), "partly transparent"),
+        (lambda: png(mode="L", transparency=3), "partly transparent"),
+        (lambda: png() + bytes(2**23), "more than"),
+        (lambda: png()[:40], "not a readable PNG"),
+        (lambda: b"", "not a readable PNG"),
+    ],
+    ids=["animated", "16 bits", "tRNS", "tRNS palette", "tRNS grey", "long", "cut", "empty"],
+)
+def test_a_png_that_would_be_reduced_is_refused(folder, content, said):
+    image = folder / "train" / NAMES[0] / "00.png"
+    image.write_bytes(content())
+    assert said in refusal(folder)
+
+
+def test_a_pipe_or_a_folder_among_the_images_is_refused_and_not_waited_for(folder):
+    image = folder / "train" / NAMES[0] / "99.png"
+    os.mkfifo(image)
+    assert "not a regular file" in refusal(folder)
+    image.unlink()
+    image.mkdir()
+    assert "cannot read" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "it's", "$x^$", "<b>", "`x`", "$(x)", "a&b;c|d", "é"])
+def test_a_class_may_be_called_anything_that_can_be_shown(folder, name):
+    for split in ("train", "test"):
+        (folder / split / NAMES[0]).rename(folder / split / name)
+    assert name in load_data(folder).class_names

@@ -192,7 +192,7 @@ def new_block(in_channels: int, out_channels: int, *shape, conv1x1=ternary_1x1, 
 
 BLOCKS = {
     "separable": lambda: in_eval_mode(DepthwiseSeparable(12, 12, ternary_1x1)),
-    "ReLU, in groups": lambda: new_block(16, 16, 6, (3,), expand_groups=2, project_groups=2, act=nn.ReLU),
+    "ReLU, in groups": lambda: new_block(16, 16, 6, (3,), expand_groups=2, project_groups=2, act="ReLU"),
     "stride 2": lambda: new_block(20, 8, 5, (3, 5, 7), se_ratio=0.5, stride=2),
     "skip": lambda: new_block(8, 8, 6, (3, 5), se_ratio=0.5, project_groups=2),
     "wide": lambda: new_block(128, 32, 1, (7,), se_ratio=0.25),
@@ -441,7 +441,7 @@ def test_other_blocks_are_computed_layer_by_layer(monkeypatch):
         "2 outputs a group": lambda: new_block(8, 4, 2, (3,), project_groups=2),
         "unequal groups": lambda: new_block(8, 8, 2, (3,), project_groups=3),
         "a kernel of 9": lambda: new_block(8, 8, 2, (9,)),
-        "another activation": lambda: new_block(8, 8, 2, (3,), act=nn.GELU),
+        "another activation": lambda: new_block(8, 8, 2, (3,), act="GELU"),
     }
     for name, make in others.items():
         assert not serves_in_eval(make(), x, monkeypatch)[1], name

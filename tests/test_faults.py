@@ -7,12 +7,14 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from msunet_core import StudyError
+from msunet_core.model.checkpoint import read_checkpoint, save_checkpoint
 
 PROGRAM = Path(__file__).with_name("faults.py")
 
@@ -37,9 +39,10 @@ def test_a_run_that_is_killed_and_files_that_are_damaged_lose_nothing():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     total = next(line for line in done.stdout.splitlines() if line.startswith("all "))
-    _, tried, survived, lost, executed, tracebacks, undetectable = total.split()[:7]
-    assert (lost, executed, tracebacks) == ("0", "0", "0"), done.stdout
-    assert int(tried) == int(survived) + int(undetectable) >= 60
+    _, tried, survived, lost, executed, tracebacks, hangs, undetectable, megabytes = total.split()[:9]
+    assert (lost, executed, tracebacks, hangs) == ("0", "0", "0", "0"), done.stdout
+    assert int(tried) == int(survived) + int(undetectable) >= 110
+    assert 0 < int(megabytes) < 700
 
 
 def test_a_fault_is_called_by_its_name(faults, tmp_path):
@@ -57,9 +60,33 @@ def test_a_fault_is_called_by_its_name(faults, tmp_path):
     assert opens({"x": torch.arange(3) + 1}) == "other"
     assert opens({}) == "other"
     assert opens(StudyError("one line")) == "refused"
-    assert opens(StudyError("two\nlines")) == "more than one line"
+    assert opens(StudyError("two\nlines")) == "refused"  # an error is one line, whatever it is made of
+    assert opens(StudyError("")) == "not one line"
     assert opens(MemoryError("all of it")) == "traceback: MemoryError: all of it"
     assert opens(SystemExit(1)) == "traceback: SystemExit: 1"
+
+
+def test_what_takes_too_long_is_a_hang(faults, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "SECONDS", 1)
+    assert faults.verdict(lambda path: time.sleep(30), tmp_path, {}) == "hang"
+
+
+def test_a_file_made_anew_differs_and_has_a_right_digest(faults, tmp_path):
+    path = tmp_path / "own.safetensors"
+    save_checkpoint(path, {"model/x": torch.arange(4.0)}, {"epoch": 1, "history": [{"epoch": 0}]})
+    draw = random.Random(0)
+    told = set()
+    for _ in range(30):
+        other = tmp_path / "other.safetensors"
+        other.write_bytes(faults.own_made_anew(draw, path.read_bytes())[1])
+        assert other.read_bytes() != path.read_bytes()
+        try:
+            read_checkpoint(other)
+            told.add("read")
+        except StudyError as error:
+            assert "digest" not in str(error)
+            told.add("refused")
+    assert told == {"read", "refused"}
 
 
 def test_every_mutation_changes_a_file_and_repeats_with_its_seed(faults):
@@ -74,7 +101,7 @@ def test_every_mutation_changes_a_file_and_repeats_with_its_seed(faults):
 
 
 def test_the_table_counts_what_was_lost(faults):
-    rows = [faults.Row("one", 3, 2, 1), faults.Row("two", 2, 2, note="fine")]
+    rows = [faults.Row("one", 3, 2, 1, megabytes=7), faults.Row("two", 2, 2, megabytes=5, note="fine")]
     lines = faults.table(rows).splitlines()
-    assert lines[-1].split() == ["all", "5", "4", "1", "0", "0", "0"]
-    assert [row.bad() for row in rows] == [1, 0]
+    assert lines[-1].split() == ["all", "5", "4", "1", "0", "0", "0", "0", "7"]
+    assert [row.bad() for row in [*rows, faults.Row("three", hangs=1)]] == [1, 0, 1]

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from msunet_core.errors import StudyError
-from msunet_core.files import atomic_path, atomic_write, lock_folder
+from msunet_core.files import (
+    append_line,
+    atomic_path,
+    atomic_write,
+    lock_folder,
+    move_aside,
+    read_bytes,
+    read_text,
+)
+from msunet_core.model.checkpoint import latest_checkpoint, save_checkpoint
 
 HOLD = """
 import sys, time
@@ -138,3 +151,167 @@ def test_two_folders_do_not_disturb_each_other_and_a_lock_ends_with_its_block(tm
 def test_an_error_inside_the_lock_is_passed_on_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError), lock_folder(tmp_path / "a"):
         (tmp_path / "nothing").read_text()
+
+
+# --- links, pipes, and a cut of power ---------------------------------------------------------------------
+
+
+def test_a_lock_or_a_log_that_is_a_link_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".lock").symlink_to(victim)
+    (tmp_path / "log.txt").symlink_to(victim)
+    with pytest.raises(StudyError, match="symbolic link"), lock_folder(tmp_path):
+        pass
+    with pytest.raises(StudyError, match="symbolic link"):
+        append_line(tmp_path / "log.txt", "x")
+    assert victim.read_text() == "precious"
+
+
+def test_a_temporary_file_that_is_a_link_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f".a.{os.getpid()}.tmp.txt").symlink_to(victim)
+    atomic_write(tmp_path / "a.txt", "new")
+    assert victim.read_text() == "precious" and (tmp_path / "a.txt").read_text() == "new"
+    assert not (tmp_path / "a.txt").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_neither_read_nor_written_nor_waited_for(tmp_path, kind):
+    path = {"device": Path("/dev/zero")}.get(kind, tmp_path / "a")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(StudyError, match="cannot read"):
+        read_bytes(path)
+    with pytest.raises(StudyError, match="cannot write"):
+        append_line(path, "x")
+
+
+def test_what_is_read_is_text_and_not_too_long(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes("σ".encode() * 10)
+    assert read_text(path, 20) == "σ" * 10
+    for most, content in ((19, path.read_bytes()), (20, b"\xff")):
+        path.write_bytes(content)
+        with pytest.raises(StudyError):
+            read_text(path, most)
+    with pytest.raises(StudyError, match="cannot read"):
+        read_bytes("a\0b")
+
+
+def test_moving_aside_keeps_everything_takes_the_next_free_name_and_the_lock(tmp_path):
+    folder = tmp_path / "train"
+    for number in (1, 2):
+        with lock_folder(folder, "first"):
+            (folder / "a").write_text(str(number))
+            assert move_aside(folder) == tmp_path / f"train.{number}"
+            assert (tmp_path / f"train.{number}" / "a").read_text() == str(number)
+            assert os.listdir(folder) == [".lock"]
+            with pytest.raises(StudyError, match="in use by process"), lock_folder(folder):
+                pass
+    with lock_folder(tmp_path / "train.1"), lock_folder(folder):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["train", "train.1", "train.2"]
+
+
+class Disk:
+    """Writes down what a save asks of a file system, and what may be left of it when the power is cut.
+
+    As journals may do it: content is safe once its file was synced, a name once its folder was; until then
+    names may be kept or lost each by itself, in any order, and of content any part.
+    """
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.folder, self.events = folder, []
+        self.names = {name: os.stat(folder / name).st_ino for name in os.listdir(folder)}
+        self.safe = {os.stat(path).st_ino: path.read_bytes() for path in folder.iterdir()}
+        for name in ("fsync", "replace", "rename", "link", "unlink"):
+            monkeypatch.setattr(os, name, self.noting(name, getattr(os, name)))
+
+    def noting(self, kind, call):
+        def noted(*arguments, **options):
+            if kind == "fsync":
+                status = os.fstat(arguments[0])
+                path = os.readlink(f"/proc/self/fd/{arguments[0]}")
+                if os.path.isdir(path):
+                    self.events.append(("names", None, None))
+                else:
+                    self.events.append(("content", status.st_ino, Path(path).read_bytes()))
+            else:
+                paths = [Path(path) for path in arguments]
+                there = os.path.lexists(paths[0])
+                if there and paths[0].parent == self.folder:
+                    inode = os.lstat(paths[0]).st_ino
+                    gone = {} if kind == "link" else {paths[0].name: None}
+                    made = {} if kind == "unlink" else {paths[1].name: inode}
+                    self.events.append(("name", gone | made, None))
+            return call(*arguments, **options)
+
+        return noted
+
+    def states(self):
+        """Every folder, as content by name, that a cut of power at any moment may leave."""
+        for cut in range(len(self.events) + 1):
+            names, safe, pending = dict(self.names), dict(self.safe), []
+            for kind, what, content in self.events[:cut]:
+                if kind == "content":
+                    safe[what] = content
+                elif kind == "name":
+                    pending.append(what)
+                else:
+                    for change in pending:
+                        names |= change
+                    pending = []
+            for kept in itertools.product((False, True), repeat=len(pending)):
+                left = dict(names)
+                for change, holds in zip(pending, kept, strict=True):
+                    left |= change if holds else {}
+                for torn in (b"", b"torn", None):
+                    found = {n: safe.get(i, torn) for n, i in left.items() if i is not None}
+                    yield cut == len(self.events), {n: c for n, c in found.items() if c is not None}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
+def test_a_cut_of_power_at_any_moment_of_a_save_leaves_a_state_that_loads(tmp_path, monkeypatch, links):
+    folder, left = tmp_path / "run", tmp_path / "left"
+    folder.mkdir()
+    if not links:
+
+        def refuse(*_, **__):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    path = folder / "checkpoint.safetensors"
+    for number in range(2):
+        save_checkpoint(path, {"model/x": torch.full((100,), float(number))}, {"epoch": number})
+    for number in (2, 3):
+        with monkeypatch.context() as patch:
+            disk = Disk(folder, patch)
+            save_checkpoint(path, {"model/x": torch.full((100,), float(number))}, {"epoch": number})
+        kinds = [kind for kind, *_ in disk.events]
+        assert kinds[-3:] == ["content", "name", "names"]
+        count, seen = 0, set()
+        for ended, files in disk.states():
+            count += 1
+            shutil.rmtree(left, ignore_errors=True)
+            left.mkdir()
+            for name, content in files.items():
+                (left / name).write_bytes(content)
+            found = latest_checkpoint(left / path.name)[1]["epoch"]
+            assert found == number if ended else found in (number - 1, number), (files.keys(), found)
+            seen.add(found)
+        assert count > 20 and seen == {number - 1, number}
+
+
+def test_the_disk_of_these_tests_would_notice_a_save_that_does_not_sync(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    with monkeypatch.context() as patch:
+        disk = Disk(folder, patch)
+        (folder / "b").write_text("new")
+        os.replace(folder / "b", folder / "a")
+    assert {files["a"] for _, files in disk.states() if "a" in files} == {b"old", b"", b"torn"}

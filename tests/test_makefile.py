@@ -1,8 +1,7 @@
-"""What Make runs, and what it leaves alone. Python is a stand-in that writes down what it was asked to do."""
+"""What the Makefile hands on, as it was typed. A stand-in of Python writes down what it was asked to do."""
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -13,41 +12,23 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from faults import HOSTILE
 from nbformat.v4 import new_code_cell, new_notebook
 
+from msunet_core.study.make import NOTEBOOKS
+
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = [
-    "01_data_and_cutmix",
-    "02_ternary_training",
-    "03_fp16_pruning",
-    "04_o3_validation",
-    "05_scoring_walkthrough",
-    "06_ablations",
-    "07_packed_network",
-]
-ALL = [*NOTEBOOKS, "pages"]
-LOOK_AT_PRUNED = [*NOTEBOOKS[3:5], "07_packed_network"]
-SHIPPED = "runs/pretrained/msunet_v3.safetensors"
-MODULES = ["__init__", "__main__", "data/sources", "model/network", "study/report", "study/runner"]
 # Set by the make, the shell or the environment that runs these tests, and not for the make under test.
 INHERITED = re.compile(r"MAKE|MFLAGS|MSUNET_|PYTHON|VIRTUAL_ENV|CONDA_")
 
+# Writes down its arguments and the variables of the study, each between angle brackets.
 PYTHON = """#!/usr/bin/env bash
-set -e
 [ "$1" = -c ] && exit 0
-[ "$1 $2" = "-m msunet_core.study.report" ] && { echo pages >> log; touch "$3/index.html"; exit; }
-[ "$1 $2" = "-m msunet_core.study.runner" ] || { echo "$*" >> log; exit; }
-case "$3" in
-check)
-  [[ "$*" != *BAD* ]] || { echo "refused" >&2; exit 1; } ;;
-lock)
-  echo "$4" >> locks; shift 5; exec "$@" ;;
-run)
-  name=$(basename "$4" .ipynb)
-  echo "$*" >> commands
-  [ ! -e "fail-$name" ] || { echo "$name: cell 7 failed" >&2; exit 1; }
-  echo "$name" >> log; touch "$5" ;;
-esac
+printf '%s\\n' "$*" >> log
+for name in PROFILE RUN DATA DEVICE SEED LIMIT VARIANT SET CHECKPOINT OPT_LEVEL OUT BENCH GOALS; do
+  variable=STUDY_$name
+  printf '%s=<%s>\\n' "$name" "${!variable}" >> variables
+done
 """
 
 
@@ -60,13 +41,8 @@ class Checkout:
         self.write("python", PYTHON).chmod(0o755)
         self.write("requirements.txt", "")
         self.write("pyproject.toml", "")
-        self.write("images.npz", "")
-        for name in ("smoke", "quick"):
-            self.write(f"msunet_core/study/profiles/{name}.yaml", "")
-        for name in MODULES:
-            self.write(f"msunet_core/{name}.py", "")
-        for name in NOTEBOOKS:
-            self.write(f"notebooks/{name}.ipynb", "")
+        (folder / "notebooks").mkdir()
+        self.write("msunet_core/errors.py", (ROOT / "msunet_core/errors.py").read_text())
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name
@@ -86,7 +62,7 @@ class Checkout:
         )
 
     def make(self, *arguments: str, **environment: str) -> list[str]:
-        """What ran. Everything is 100 s old beforehand, so that an edit between two calls is a later one."""
+        """What Python was asked to do."""
         result = self.call(*arguments, **environment)
         assert result.returncode == 0, result.stderr
         return self.ran()
@@ -95,12 +71,22 @@ class Checkout:
         log = self.folder / "log"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
-        for path in sorted(self.folder.rglob("*")):
-            os.utime(path, ns=(0, path.stat().st_mtime_ns - 100 * 10**9))
         return lines
+
+    def variables(self) -> dict[str, str]:
+        """What of the study's variables reached Python, those that were given."""
+        text = (self.folder / "variables").read_text()
+        (self.folder / "variables").unlink()
+        found = re.findall(r"^([A-Z_]+)=<(.*?)>$", text, re.MULTILINE | re.DOTALL)
+        return {name: value for name, value in found if value and name != "GOALS"}
 
     def touch(self, name: str) -> None:
         os.utime(self.folder / name)
+
+    def age(self) -> None:
+        """Everything is 100 s older, so that an edit after it is a later one."""
+        for path in self.folder.rglob("*"):
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 100 * 10**9))
 
 
 @pytest.fixture
@@ -108,233 +94,124 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-@pytest.fixture
-def done(checkout):
-    """A checkout after one whole run."""
-    assert checkout.make("reproduce") == ALL
-    return checkout
+STUDY = ["reproduce", "train", "prune", "ablations", "report", "score", "validate", "pack", "pretrained"]
 
 
-def test_the_first_run_runs_everything_in_the_order_of_what_needs_what(checkout):
-    assert checkout.make("reproduce", "-j4") == ALL
-    assert (checkout.folder / "locks").read_text() == "runs/smoke\n"
+@pytest.mark.parametrize("target", STUDY)
+def test_a_target_hands_the_variables_on_and_decides_nothing(checkout, target):
+    assert checkout.make(target, "SEED=7", "SET=train.epochs=3 prune.lr=1e-3", "OUT=b") == [
+        f"-m msunet_core.study.make {target}"
+    ]
+    assert checkout.variables() == {"SEED": "7", "SET": "train.epochs=3 prune.lr=1e-3", "OUT": "b"}
 
 
-def test_a_second_run_runs_nothing(done):
-    assert done.make("reproduce") == []
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("name", ["DATA", "RUN", "PROFILE", "CHECKPOINT"])
+def test_a_value_arrives_as_it_was_typed_and_runs_nothing(checkout, name, value):
+    before = sorted(os.listdir(checkout.folder))
+    for target in ("help", "-n"):
+        checkout.call(target, f"{name}={value}")
+        assert sorted(os.listdir(checkout.folder)) == before
+    checkout.make("reproduce", f"{name}={value}")
+    assert checkout.variables() == {name: value}
+    assert sorted(os.listdir(checkout.folder)) == before
 
 
-def test_a_dry_run_says_what_would_run_and_does_nothing(done):
-    done.write("notebooks/05_scoring_walkthrough.ipynb", "edited")
-    (done.folder / "locks").unlink()
-    told = done.call("-n", "reproduce").stdout
-    assert re.findall(r"runner run notebooks/(\w+)", told) == ["05_scoring_walkthrough"]
-    assert done.ran() == []
-    assert not (done.folder / "locks").exists()
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_folder_name_turns_clean_into_something_else(checkout, value):
+    checkout.write("runs/other/kept", "")
+    before = sorted(os.listdir(checkout.folder))
+    result = checkout.call("clean", f"RUN={value}")
+    assert result.returncode != 0 and "choose another name" in result.stderr
+    assert sorted(os.listdir(checkout.folder)) == before
+    assert (checkout.folder / "runs/other/kept").exists()
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_names_that_lie_in_the_checkout_run_nothing(checkout, value):
+    for folder in ("", "data/train/", "msunet_core/study/profiles/", "runs/smoke/"):
+        if value not in ("~", "-rf"):
+            checkout.write(f"{folder}{value}.npz", "")
+    before = sorted(os.listdir(checkout.folder))
+    assert checkout.make("reproduce", "DATA=data") == ["-m msunet_core.study.make reproduce"]
+    (checkout.folder / "variables").unlink()
+    assert sorted(os.listdir(checkout.folder)) == before
+
+
+def test_a_path_of_the_python_may_hold_anything(checkout):
+    python = checkout.write("it's $(touch pwned)`a b`/python", PYTHON)
+    python.chmod(0o755)
+    checkout.make("score", PYTHON=str(python))
+    checkout.make("score", f"PYTHON={python}")
+    assert not (checkout.folder / "pwned").exists()
+
+
+def test_bench_gets_its_options_one_by_one_and_nothing_runs(checkout):
+    assert checkout.make("bench", "BENCH=--quick --out `touch pwned` *") == [
+        "benchmarks/bench.py --quick --out `touch pwned` *"
+    ]
+    assert not (checkout.folder / "pwned").exists()
+
+
+def test_a_parameter_in_the_environment_is_not_meant_for_the_study(checkout):
+    checkout.make("reproduce", DATA="cifar100", SEED="1", RUN="other", PROFILE="quick", STUDY_LIMIT="3")
+    assert checkout.variables() == {}
 
 
 @pytest.mark.parametrize(
-    ("edited", "reruns"),
-    [
-        ("notebooks/05_scoring_walkthrough.ipynb", ["05_scoring_walkthrough", "pages"]),
-        ("notebooks/01_data_and_cutmix.ipynb", ["01_data_and_cutmix", "pages"]),
-        ("notebooks/03_fp16_pruning.ipynb", ["03_fp16_pruning", *LOOK_AT_PRUNED, "pages"]),
-        ("notebooks/02_ternary_training.ipynb", [*NOTEBOOKS[1:3], *LOOK_AT_PRUNED, "pages"]),
-        ("msunet_core/model/network.py", ALL),
-        ("msunet_core/study/profiles/smoke.yaml", ALL),
-        ("msunet_core/study/report.py", ["pages"]),
-        ("msunet_core/study/profiles/quick.yaml", []),
-        ("msunet_core/study/runner.py", []),
-        ("msunet_core/__main__.py", []),
-        ("README.md", []),
-    ],
+    ("given", "near"),
+    [("PROFIL=paper", "PROFILE"), ("SEDE=1", "SEED"), ("DTA=cifar100", "DATA"), ("seed=1", None)],
 )
-def test_an_edit_reruns_what_depends_on_it_and_nothing_else(done, edited, reruns):
-    done.write(edited, "edited")
-    assert done.make("reproduce") == reruns
-    assert done.make("reproduce") == []
-
-
-def test_what_make_leaves_out_is_used_by_no_notebook():
-    """The other half of the test above: an edit of these files cannot change a notebook's outputs."""
-    left_out = {"__main__", "runner", "report"}
-    for path in (ROOT / "msunet_core").glob("*.py"):
-        if path.stem in left_out:
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                used = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
-                assert not (node.level and left_out & used), path
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
-        assert not re.search(r"msunet_core(\.| import.*\b)(report|runner|__main__)\b", source), path
-
-
-@pytest.mark.parametrize(
-    "given", ["SEED=1", "DATA=cifar100", "DEVICE=cpu", "LIMIT=3", "VARIANT=v1", "SET=train.epochs=3"]
-)
-def test_a_changed_parameter_reruns_all_and_the_same_again_nothing(done, given):
-    assert done.make("reproduce", given) == ALL
-    assert done.make("reproduce", given) == []
-    assert done.make("reproduce") == ALL
-
-
-def test_a_parameter_in_the_environment_is_not_meant_for_the_study(done):
-    assert done.make("reproduce", DATA="cifar100", SEED="1", RUN="other", PROFILE="quick") == []
-
-
-def test_changed_images_rerun_all(checkout):
-    assert checkout.make("reproduce", "DATA=images.npz") == ALL
-    assert checkout.make("reproduce", "DATA=images.npz") == []
-    checkout.touch("images.npz")
-    assert checkout.make("reproduce", "DATA=images.npz") == ALL
-
-
-def test_another_shipped_network_reruns_what_may_look_at_it(checkout):
-    checkout.write(SHIPPED, "")
-    assert checkout.make("reproduce") == ALL
-    checkout.touch(SHIPPED)
-    assert checkout.make("reproduce") == [*LOOK_AT_PRUNED, "pages"]
-
-
-def test_an_image_more_in_a_class_folder_reruns_all(checkout):
-    checkout.write("images/train/apple/1.png", "")
-    assert checkout.make("reproduce", "DATA=images") == ALL
-    assert checkout.make("reproduce", "DATA=images") == []
-    checkout.write("images/train/apple/2.png", "")
-    assert checkout.make("reproduce", "DATA=images") == ALL
-
-
-def test_a_run_is_named_after_its_profile_and_leaves_the_others_alone(done):
-    assert done.make("reproduce", "PROFILE=quick") == ALL
-    assert (done.folder / "runs/quick/index.html").exists()
-    assert done.make("reproduce", "RUN=again") == ALL
-    assert done.make("reproduce") == []
-
-
-def test_runs_go_where_the_environment_says(checkout, tmp_path):
-    elsewhere = tmp_path / "big disk".replace(" ", "_")
-    assert checkout.make("reproduce", MSUNET_RUNS=str(elsewhere)) == ALL
-    assert (elsewhere / "smoke/index.html").exists()
-    assert not (checkout.folder / "runs").exists()
-
-
-def test_a_refused_parameter_does_not_make_a_finished_run_out_of_date(done):
-    result = done.call("reproduce", "VARIANT=BAD")
-    assert result.returncode != 0 and "refused" in result.stderr
-    assert done.ran() == []
-    assert done.make("reproduce") == []
-
-
-@pytest.mark.parametrize("name", ["a/b", "..", "", "a b"])
-def test_a_run_name_that_is_no_folder_name_is_refused(done, name):
-    result = done.call("reproduce", f"RUN={name}")
+@pytest.mark.parametrize("target", ["reproduce", "score", "clean", "help", "lint"])
+def test_a_variable_that_there_is_not_is_refused_with_the_nearest(checkout, given, near, target):
+    result = checkout.call(target, given)
     assert result.returncode != 0
-    assert f"RUN='{name}' is no folder name" in result.stderr
-    assert done.ran() == []
+    line = result.stderr.splitlines()[0]
+    assert line.startswith(f"no variable {given.partition('=')[0]!r};")
+    assert "choose one of PROFILE, RUN, DATA" in line
+    assert near is None or f"did you mean {near!r}?" in line
+    assert checkout.ran() == []
 
 
-def test_a_failing_notebook_stops_the_run_which_then_goes_on_where_it_stopped(checkout):
-    checkout.write("fail-03_fp16_pruning", "")
-    result = checkout.call("reproduce")
-    assert result.returncode != 0
-    assert "03_fp16_pruning: cell 7 failed" in result.stderr
-    assert checkout.ran() == NOTEBOOKS[:2]
-    (checkout.folder / "fail-03_fp16_pruning").unlink()
-    assert checkout.make("reproduce") == ALL[2:]
+def test_clean_removes_the_run_and_only_the_run(checkout):
+    for name in (
+        "runs/smoke/a",
+        "runs/other/a",
+        "runs/mine/a",
+        "data/cifar100.npz",
+        "tests/__pycache__/a.pyc",
+    ):
+        checkout.write(name, "")
+    assert checkout.call("clean").returncode == 0
+    assert sorted(path.name for path in (checkout.folder / "runs").iterdir()) == ["mine", "other"]
+    assert checkout.call("clean", "PROFILE=some/mine.yaml").returncode == 0
+    assert sorted(path.name for path in (checkout.folder / "runs").iterdir()) == ["other"]
+    assert (checkout.folder / "data/cifar100.npz").exists()
+    assert not (checkout.folder / "tests/__pycache__").exists()
 
 
-def test_parts_of_the_study_run_what_they_need(checkout):
-    assert checkout.make("prune") == NOTEBOOKS[1:3]
-    assert checkout.make("train") == []
-    assert checkout.make("reproduce") == [
-        "01_data_and_cutmix",
-        *LOOK_AT_PRUNED[:2],
-        "06_ablations",
-        *LOOK_AT_PRUNED[2:],
-        "pages",
-    ]
+def test_the_folder_of_the_shipped_network_is_not_cleaned(checkout):
+    checkout.write("runs/pretrained/msunet_v3.safetensors", "")
+    assert checkout.call("clean", "RUN=pretrained").returncode != 0
+    assert (checkout.folder / "runs/pretrained/msunet_v3.safetensors").exists()
 
 
-def test_the_grid_of_ablations_gets_what_it_was_given(checkout):
-    assert checkout.make("ablations") == ["-m msunet_core ablations --profile smoke"]
-    (line,) = checkout.make("ablations", "JOBS=2", "DATA=it's.npz", "SET=ablation.epochs=1 prune.lr=1")
-    assert line == (
-        "-m msunet_core ablations --profile smoke --jobs 2 --data it's.npz --set ablation.epochs=1 prune.lr=1"
-    )
-    assert "--scheduler tcp://far:8786" in checkout.make("ablations", "SCHEDULER=tcp://far:8786")[0]
-
-
-def test_notebooks_get_their_parameters_and_stages_the_inputs_they_depend_on(checkout):
-    checkout.make("reproduce", "SEED=7", "SET=train.epochs=3 prune.lr=1e-3", "DATA=it's.npz")
-    commands = {line.split()[3]: line for line in (checkout.folder / "commands").read_text().splitlines()}
-    given = (
-        "-p PROFILE smoke -p RUN smoke -p DATA it's.npz -p SEED 7 -p OVERRIDES train.epochs=3 prune.lr=1e-3"
-    )
-    assert all(given in command for command in commands.values())
-    stages = {
-        re.search(r"--stage (\S+)", command)[1]: re.search(r"--inputs (.*)", command)[1].split()
-        for command in commands.values()
-        if "--stage" in command
-    }
-    code = {"msunet_core/__init__.py", "msunet_core/data/sources.py", "msunet_core/model/network.py"}
-    common = {*code, "msunet_core/study/profiles/smoke.yaml", "runs/smoke/.parameters"}
-    assert {stage: set(inputs) for stage, inputs in stages.items()} == {
-        "runs/smoke/train": common,
-        "runs/smoke/prune": common | {"runs/smoke/02_ternary_training.ipynb"},
-        "runs/smoke/ablations": common,
-    }
-
-
-def test_score_validate_and_pack_ask_for_what_they_need(checkout):
-    needed = (["validate"], "DATA"), (["pack"], "CHECKPOINT"), (["pack", "CHECKPOINT=a"], "OUT")
-    for arguments, missing in needed:
-        result = checkout.call(*arguments)
-        assert result.returncode != 0 and f"give {missing}=" in result.stderr
-    assert checkout.make("score") == ["-m msunet_core score"]
-    assert checkout.make("validate", "DATA=images.npz") == ["-m msunet_core validate --data images.npz"]
-    assert checkout.make("pack", "CHECKPOINT=it's here", "OUT=a b.safetensors") == [
-        "-m msunet_core pack it's here a b.safetensors"
-    ]
-    assert checkout.make("pack", "CHECKPOINT=a", "OUT=b", "VARIANT=v1", "DATA=images.npz", "LIMIT=3") == [
-        "-m msunet_core pack a b --variant v1 --data images.npz --limit 3"
-    ]
-    assert checkout.make("score", "CHECKPOINT=it's here.pth.tar", "VARIANT=v1", "OPT_LEVEL=O3") == [
-        "-m msunet_core score it's here.pth.tar --variant v1 --opt-level O3"
-    ]
-    assert checkout.make("validate", "CHECKPOINT=a.pth.tar", "DATA=images.npz") == [
-        "-m msunet_core validate a.pth.tar --data images.npz"
-    ]
-
-
-def test_the_folder_of_the_shipped_network_is_no_run(checkout):
-    checkout.write(SHIPPED, "")
-    for target in ("reproduce", "clean"):
-        result = checkout.call(target, "RUN=pretrained")
-        assert result.returncode != 0 and "choose another name" in result.stderr
-    assert (checkout.folder / SHIPPED).exists()
-
-
-def test_clean_removes_the_run_and_only_the_run(done):
-    done.make("reproduce", "RUN=other")
-    done.write("data/cifar100.npz", "")
-    done.make("clean")
-    assert sorted(path.name for path in (done.folder / "runs").iterdir()) == ["other"]
-    assert (done.folder / "data/cifar100.npz").exists()
-
-
-def test_help_names_every_target_in_a_line(checkout):
-    helped = checkout.call().stdout.splitlines()
-    named = {line.split()[1] for line in helped}
+def test_help_names_every_target_and_variable_in_a_line(checkout):
+    helped = [line.rstrip() for line in checkout.call().stdout.splitlines()]
+    named = {line.split()[1] for line in helped if line.startswith("  make ")}
+    makefile = (ROOT / "Makefile").read_text()
     public = {
         target
-        for line in re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for line in re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
         for target in line.split()
-        if not target.startswith(".") and target != "FORCE"
+        if not target.startswith(".")
     }
     assert named == public
     assert {"reproduce", "test", "test-fast", "lab", "lint", "report", "score", "validate", "clean"} <= named
+    shown = {line.split()[0].rstrip("=") for line in helped if re.match(r"  [A-Z]", line)}
+    assert shown == set(re.search(r"^NAMES := (.+)$", makefile, re.MULTILINE)[1].split())
     assert all(len(line) < 110 for line in helped)
+    assert helped.index("targets for maintainers:") > helped.index("targets:")
 
 
 # -- the environment ---------------------------------------------------------------------------
@@ -362,6 +239,7 @@ def bare(checkout):
 def test_an_environment_is_made_once_from_the_first_python_that_runs(bare):
     assert bare.make(".python", PYTHON="", PATH=bare.path) == ["venv", "pip", "pip"]
     assert bare.make(".python", PYTHON="", PATH=bare.path) == []
+    bare.age()
     bare.touch("requirements.txt")
     assert bare.make(".python", PYTHON="", PATH=bare.path) == ["pip", "pip"]
 
@@ -397,7 +275,7 @@ def test_an_active_environment_is_used_as_it_is(checkout, name):
     checkout.write("my env/bin/python", PYTHON).chmod(0o755)
     result = checkout.call("reproduce", PYTHON="", **{name: str(checkout.folder / "my env")})
     assert result.returncode == 0, result.stderr
-    assert checkout.ran() == ALL
+    assert checkout.ran() == ["-m msunet_core.study.make reproduce"]
     assert not (checkout.folder / ".venv").exists()
 
 
@@ -415,6 +293,7 @@ def test_an_active_environment_without_the_packages_is_one_clear_line(checkout):
 def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout):
     shutil.rmtree(checkout.folder / "msunet_core")
     shutil.copytree(ROOT / "msunet_core", checkout.folder / "msunet_core")
+    shutil.copytree(ROOT / "docs", checkout.folder / "docs")
     for name in NOTEBOOKS:
         cells = [
             new_code_cell('PROFILE = "smoke"\nRUN = "lab"\nSEED = 0', metadata={"tags": ["parameters"]}),
@@ -443,12 +322,12 @@ def test_a_real_run_is_whole_and_refuses_a_second_one_at_the_same_time(checkout)
 
     run = checkout.folder / "runs" / "smoke"
     shown = sorted(path.name for path in run.iterdir() if path.is_file() and not path.name.startswith("."))
-    pages = [f"{name}.{kind}" for name in NOTEBOOKS for kind in ("html", "ipynb")]
-    assert shown == sorted([*pages, "index.html", "provenance.json"])
-    index = (run / "index.html").read_text()
+    assert shown == sorted([*(f"{name}.ipynb" for name in NOTEBOOKS), "provenance.json"])
+    index = (run / "site" / "index.html").read_text()
     assert all(f'href="{name}.html"' in index for name in NOTEBOOKS)
-    assert "make reproduce" in index and "SEED=3" in index
-    assert "smoke 3" in (run / "06_ablations.html").read_text()
+    told = (run / "site" / "run.html").read_text()
+    assert "make reproduce" in told and "SEED=3" in told
+    assert "smoke 3" in (run / "site" / "06_ablations.html").read_text()
 
     again = checkout.call("reproduce", "SEED=3", PYTHON=sys.executable)
     assert again.returncode == 0 and "cell/s" not in again.stderr

@@ -20,6 +20,7 @@ from msunet_core.measure import packed_format
 from msunet_core.measure import unpack as unpack_module
 from msunet_core.measure.account import account
 from msunet_core.measure.pack import MERGE_TOLERANCE, pack, provenance_of
+from msunet_core.measure.packed_reader import Reader
 from msunet_core.measure.unpack import load_network, unpack
 from msunet_core.model.checkpoint import save_checkpoint
 from msunet_core.model.pruning import prune_to_target, smallest_mask
@@ -320,7 +321,7 @@ def test_files_of_other_kinds_are_refused_by_name(new_network, tmp_path):
 
 def forged(path, change):
     """A file with metadata or streams changed by somebody who knows how to make a digest."""
-    reader = unpack_module.Reader(path)
+    reader = Reader(path)
     header = reader.header()
     about = json.loads(header["__metadata__"]["packed"])
     streams = {name: stream.copy() for name, stream in reader._streams(header).items()}
@@ -351,7 +352,7 @@ def network_with(**arguments):
         (network_with(width=10**9), "is outside"),
         (network_with(width="wide"), "is refused"),
         (network_with(num_classes=10**11), "has a stream half that ends too early"),
-        (network_with(num_classes=2**62), "is refused"),
+        (network_with(num_classes=2**62), "has a stream half that ends too early"),
         (network_with(num_classes=3), "that is longer than its network"),
         (network_with(depth=3), "metadata that this code did not write"),
         (lambda about, streams: ([], streams), "is refused"),

@@ -71,4 +71,16 @@ def test_the_table_of_speed_is_the_committed_measurement(monkeypatch):
     import bench
 
     report = json.loads((ROOT / "benchmarks" / "bench.json").read_text())
-    assert bench.markdown(report).strip() in README
+    assert bench.markdown(report).strip() in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_a_newcomer_reads_it_in_one_sitting():
+    assert len(README.split()) < 1300
+
+
+def test_every_file_that_the_pages_link_exists():
+    pages = [ROOT / "README.md", ROOT / "runs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        missing = [link for link in links if not (page.parent / link).exists()]
+        assert not missing, f"{page.name} links {missing}"

@@ -8,9 +8,9 @@ from pathlib import Path
 import msunet_core
 
 PACKAGE = Path(msunet_core.__file__).parent
-# As the data flow. What is no folder (errors, files, memory) is for all of them.
+# As the data flow. What is no folder (errors, files, memory, compiler) is for all of them.
 ORDER = ["data", "model", "fast", "measure", "training", "study"]
-FOR_ALL = ["errors", "files", "memory"]
+FOR_ALL = ["errors", "files", "memory", "compiler"]
 SEE_EVERYTHING = {"__init__", "__main__"}
 
 

@@ -302,8 +302,9 @@ def test_divisor_is_read_from_the_real_types(v3_pruned):
 def test_o1_stores_fp32(v3_pruned):
     # Autocast rounds copies: the stored weights, and so d of every layer that has some, stay FP32.
     at_o1, at_o0 = score(v3_pruned, "O1"), score(v3_pruned, "O0")
-    assert at_o1.params == at_o0.params
-    assert at_o1.flops < at_o0.flops  # layers without weights run in FP16
+    costs = [cost.layers[~cost.layers["kind"].str.startswith("batch norm")] for cost in (at_o1, at_o0)]
+    assert costs[0]["params"].equals(costs[1]["params"])
+    assert costs[0]["flops"].sum() < costs[1]["flops"].sum()  # layers without weights run in FP16
 
 
 def test_a_layer_without_a_rule_is_refused_by_name():

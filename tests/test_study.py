@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -167,3 +168,21 @@ def test_a_picture_is_the_image_whether_normalised_or_not(study):
     study.save_figure(sheet, "sheet")
     plt.close(sheet)
     assert (study.folder / "figures" / "sheet.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["$x^$", "$", "a$b$c", r"\frac{", "_x", "100%", "x" * 200, "<b>", "a\u0301"])
+def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
+    pictures = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    sheet = figures.show_images(pictures, [name, name], title=name)
+    bars = figures.plot_by_layer({name: 0.5}, name)
+    table = pd.DataFrame({"choice": [name], "value": [name], "top1": [1.0], "score": [0.5]})
+    for figure in (sheet, bars, figures.plot_trade_off(table)):
+        figure.savefig(tmp_path / "a.png")
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_a_sheet_takes_any_number_of_pictures(count):
+    sheet = figures.show_images(torch.zeros(count, 32, 32, 3, dtype=torch.uint8), ["a"])
+    assert sum(bool(ax.images) for ax in sheet.axes) == count
+    plt.close(sheet)

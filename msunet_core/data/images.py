@@ -9,11 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-IMAGE_SIZE = 32
-# The published normalisation, specification §4: CIFAR-10's statistics as widely copied, not CIFAR-100's own
-# (mean 0.507, 0.487, 0.441); kept because the published networks were trained with them.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2023, 0.1994, 0.2010)
+from .normalisation import IMAGE_SIZE, MEAN, STD
+
+__all__ = ["IMAGE_SIZE", "MEAN", "STD", "ImageData", "normalise", "standardise"]
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
 
 

@@ -7,26 +7,33 @@ allocated before the file has shown that it holds as many bytes as its header cl
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
 import socket
 import stat
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..errors import StudyError, closest
-from ..files import atomic_path, write_fault
+from ..errors import StudyError, closest, reason, shown
+from ..files import atomic_path, read_bytes, write_fault
 from .images import ARRAYS, IMAGE_SIZE, ImageData
 from .synthetic import make_synthetic
 
 SOURCES = ("synthetic", "cifar100")
 CIFAR100_PER_CLASS = (500, 100)  # 50,000 and 10,000 images, specification §4
 MAX_ARRAY_BYTES = 2**32  # 1.4 million images; a file that claims more is damaged or hostile
+MAX_SHRINKING = 100  # images shrink less; arrays of a megabyte or two may be as empty as they like
+MAX_MEMBERS = 1000  # of an .npz, which needs 5
+MAX_CLASSES = 100_000
+MAX_NAME = 255  # characters of a class name, as of a folder's
+MAX_PNG_BYTES = 2**22  # of 32 x 32 pixels and whatever a program may write beside them
 DOWNLOAD_ATTEMPTS = 2
 DOWNLOAD_SILENCE = 30  # seconds without a byte before a download counts as cut
 
@@ -54,7 +61,9 @@ def load_data(
     StudyError : one line with the value seen and the remedy, for anything that is not such a data set
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise StudyError(f"limit {limit!r}: give a whole number of images per class, at least 1, or None")
+        raise StudyError(
+            f"limit {shown(limit)}: give a whole number of images per class, at least 1, or None"
+        )
     name = os.fspath(source)
     if name == "synthetic":
         arrays = make_synthetic(seed)
@@ -140,6 +149,7 @@ def _load_path(name: str) -> dict[str, np.ndarray]:
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
     """Read and check the five arrays of an .npz; whatever is wrong with the file becomes one StudyError."""
     try:
+        _refuse_many_members(path)
         with zipfile.ZipFile(path) as archive:
             present = {entry.removesuffix(".npy") for entry in archive.namelist()}
             missing = [name for name in ARRAYS if name not in present]
@@ -153,14 +163,23 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
     except StudyError:
         raise
     except Exception as error:  # a damaged or hostile file can raise nearly anything, from zlib to struct
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StudyError(f"{path} is not a whole .npz ({reason}); copy or make it again") from error
+        raise StudyError(f"{path} is not a whole .npz ({reason(error)}); copy or make it again") from error
     return _checked(arrays, str(path))
+
+
+def _refuse_many_members(path: Path) -> None:
+    """Before zipfile makes an object of each entry of the directory, which stands at the end of the file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**25))
+        if file.read().count(b"PK\x01\x02") > MAX_MEMBERS:
+            raise StudyError(f"{path} has more than {MAX_MEMBERS} members; an .npz of the study has 5")
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """One array, allocated only after its header, its entry in the archive and the file agree on its size."""
     entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise StudyError(f"{path}: array {name} is packed in another way than numpy.savez does; save it anew")
     with archive.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         read_header = {
@@ -174,9 +193,11 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
             raise StudyError(f"{path}: array {name} holds pickled objects, never loaded; save plain arrays")
         claimed = math.prod(shape) * dtype.itemsize
         held = entry.file_size - stream.tell()
-        # Deflate shrinks by at most 1032, so an entry that claims more than that is a lie too.
-        possible = min(MAX_ARRAY_BYTES, 1032 * min(entry.compress_size, path.stat().st_size))
-        if min(shape, default=0) < 0 or claimed != held or claimed > possible:
+        packed = min(entry.compress_size, path.stat().st_size)
+        # Deflate itself shrinks by 1032 at most.
+        possible = min(MAX_ARRAY_BYTES, max(min(2**21, 1032 * packed), MAX_SHRINKING * packed))
+        # Without bytes any shape agrees with the file, and numpy makes 4 of them out of none.
+        if min(shape, default=0) < 0 or not dtype.itemsize or claimed != held or claimed > possible:
             raise StudyError(
                 f"{path}: array {name} claims shape {shape} of {dtype}, {claimed} bytes, but the file holds "
                 f"{min(held, possible)}; copy or make it again"
@@ -233,17 +254,37 @@ def _read_png(path: Path) -> np.ndarray:
     """One image, uint8 (32, 32, 3)."""
     from PIL import Image  # only this source needs it, and importing it takes a while
 
+    content = read_bytes(path, MAX_PNG_BYTES)
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            size, mode = image.size, image.mode  # known before any pixel is decoded
-            if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in ("RGB", "L", "P"):
-                return np.asarray(image.convert("RGB"))
+        odd = _odd_png(content)
+        if odd is None:
+            with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                warnings.simplefilter("ignore")  # what is wrong is told below
+                size, mode = image.size, image.mode  # known before any pixel is decoded
+                if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in ("RGB", "L", "P"):
+                    return np.asarray(image.convert("RGB"))
     except Exception as error:  # damaged images raise OSError, SyntaxError, struct.error, zlib.error, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StudyError(f"{path} is not a readable PNG ({reason}); replace or remove it") from error
+        raise StudyError(f"{path} is not a readable PNG ({reason(error)}); replace or remove it") from error
+    if odd is not None:
+        raise StudyError(f"{path} is {odd}; save it as one 8-bit RGB picture without transparency")
     if size != (IMAGE_SIZE, IMAGE_SIZE):
         raise StudyError(f"{path} is {size[0]} x {size[1]} pixels; resize it to {IMAGE_SIZE} x {IMAGE_SIZE}")
     raise StudyError(f"{path} has colour mode {mode}; save it as 8-bit RGB without transparency")
+
+
+def _odd_png(content: bytes) -> str | None:
+    """What a PNG has that making it 8-bit RGB would lose without a word: frames, 16 bits, transparency."""
+    if content[12:16] == b"IHDR" and content[24] == 16:
+        return "of 16 bits a channel"
+    place = 8  # after the signature: chunks of length, name, content, checksum
+    while place + 8 <= len(content):
+        name = content[place + 4 : place + 8]
+        if name in (b"acTL", b"fcTL", b"fdAT"):
+            return "animated"
+        if name == b"tRNS":
+            return "partly transparent (a tRNS chunk)"
+        place += 12 + int.from_bytes(content[place : place + 4], "big")
+    return None
 
 
 # --- what every source must satisfy -----------------------------------------------------------------------
@@ -254,6 +295,14 @@ def _checked(arrays: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
         raise StudyError(f"{source}: class_names is {_described(names)}; give a list of strings, one a class")
+    if len(names) > MAX_CLASSES or names.dtype.itemsize > 4 * MAX_NAME:
+        raise StudyError(
+            f"{source}: class_names is {_described(names)}, more than {MAX_CLASSES} names "
+            f"or names longer than {MAX_NAME} characters; shorten them"
+        )
+    names = np.ascontiguousarray(names.astype(names.dtype.newbyteorder("=")))
+    if names.view(np.uint32).max() > sys.maxunicode:
+        raise StudyError(f"{source}: class_names holds codes that are no characters; write the names again")
     bad = [name for name in names.tolist() if not name or not name.isprintable()]
     if bad:
         raise StudyError(f"{source}: class name {bad[0]!r} is empty or not printable; rename the class")
@@ -348,10 +397,9 @@ def _download_cifar100(cache: Path) -> dict[str, np.ndarray]:
                 if not check_integrity(str(archive), CIFAR100.tgz_md5):
                     archive.unlink(missing_ok=True)
                 shutil.rmtree(cache / CIFAR100.base_folder, ignore_errors=True)
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if attempt == DOWNLOAD_ATTEMPTS:
                     raise StudyError(
-                        f"CIFAR-100 from {CIFAR100.url} failed {attempt} times ({reason}); "
+                        f"CIFAR-100 from {CIFAR100.url} failed {attempt} times ({reason(error)}); "
                         f"check the network, put {CIFAR100.filename} into {cache}, or name an .npz"
                     ) from error
     finally:

@@ -6,28 +6,20 @@ had (no compiler, another processor, ``MSUNET_FAST=0``) :func:`enabled` says so.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-# Kernels are for this processor only, so wide vectors where it has them. Nothing links OpenMP's library:
-# its functions are found in the copy that PyTorch has loaded, so that both use the same threads.
-COMPILE = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-w", "-c")
-COMPILE_SECONDS = 120
+from ..compiler import compiled
 
+SOURCE = Path(__file__).with_name("kernels.cpp")
 
 # C signature of each function of kernels.cpp, without the last argument, the threads: p pointer, i int,
 # l long, f float.
@@ -60,7 +52,11 @@ def enabled() -> bool:
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had, for a reason that is logged once."""
     try:
-        loaded = ctypes.CDLL(str(_compiled()))
+        if not torch.backends.openmp.is_available():
+            raise OSError("they need OpenMP, which this PyTorch does without")
+        # Nothing links OpenMP's library: its functions are found in the copy that PyTorch has loaded, so that
+        # both use the same threads.
+        loaded = ctypes.CDLL(str(compiled(SOURCE, "-fopenmp", version=torch.__version__)))
         for name, signature in SIGNATURES.items():
             function = getattr(loaded, f"msunet_{name}")
             function.argtypes, function.restype = [C_TYPES[letter] for letter in signature + "i"], None
@@ -68,45 +64,6 @@ def library() -> ctypes.CDLL | None:
         log.info("no fast CPU kernels, PyTorch's own are used: %s", str(error).splitlines()[0])
         return None
     return loaded
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msunet"
-
-
-def _compiled() -> Path:
-    """Path of the shared library for this source, processor, compiler and PyTorch, compiled if need be."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.openmp.is_available():
-        raise OSError(f"they are written for x86-64 and OpenMP, this is {platform.machine()}")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++"))), None)
-    if compiler is None:
-        raise OSError("no C++ compiler (c++ or g++) was found")
-    which = (compiler, os.stat(compiler).st_mtime, COMPILE, torch.__version__, _processor())
-    key = hashlib.sha256(SOURCE.read_bytes() + repr(which).encode()).hexdigest()[:20]
-    path = cache_folder() / f"kernels-{key}.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log.info("compiling fast CPU kernels, once: %s", path)
-    # Made beside and renamed: of several processes that start at once, each ends with a whole file.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        for command in (
-            [*COMPILE, str(SOURCE), "-o", str(made)],
-            ["-shared", str(made), "-o", str(linked)],
-        ):
-            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=COMPILE_SECONDS)
-        linked.replace(path)
-    return path
-
-
-def _processor() -> str:
-    """What decides the meaning of -march=native."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
-    return platform.processor()
 
 
 def call(name: str, *arguments) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 from ..errors import StudyError
 from .pack import content_of
 from .packed_format import PARTS
+from .packed_reader import Reader
 from .scoring import FULL_BITS, score
-from .unpack import Reader
+from .unpack import network_of
 
 # -- the bytes and the score -------------------------------------------------------------------
 
@@ -36,7 +37,7 @@ def account(source: nn.Module | str | Path, *, merge: bool = True) -> pd.DataFra
         found = Reader("the packed network", content_of(source, merge)).read()
     else:
         found = Reader(source).read()
-    counted = score(found.model, "O3").layers.set_index("name")["params"]
+    counted = score(network_of(found), "O3").layers.set_index("name")["params"]
     rows = [
         {"layer": name, "kind": kind, "scored": round(counted.pop(name) * FULL_BITS), **found.bits[name]}
         for name, kind in found.kinds.items()

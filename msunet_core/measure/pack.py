@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.images import MEAN, STD
 from ..errors import StudyError
-from ..files import atomic_path
+from ..files import atomic_path, read_text
 from ..model.precision import apply_opt_level
 from ..model.ternary import TernaryConv2d, ternary_layers, ternary_scale
 from .packed_format import (
@@ -21,11 +22,10 @@ from .packed_format import (
     MAX_HEADER,
     STREAMS,
     digest_of,
-    letter_of,
     norm_parts,
-    stored_layers,
 )
-from .unpack import Reader
+from .packed_reader import Reader
+from .scoring import SPARSE_FROM
 
 # Largest |difference| of class scores at O3 that merging may make, in parts of the largest |score|. Source
 # and merged network round to 11 bits at other places, some 20 layers in a row, twice each: by chance that
@@ -124,6 +124,21 @@ def _assemble(text: str, streams: dict[str, np.ndarray]) -> bytes:
         )
     content = len(line).to_bytes(8, "little") + line + b"".join(streams[n].tobytes() for n in STREAMS)
     return content[: DIGEST_AT.start] + digest_of(content) + content[DIGEST_AT.stop :]
+
+
+def stored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All that stores something, in the order of the file."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            yield name, module
+
+
+def letter_of(layer: nn.Module) -> str:
+    if isinstance(layer, TernaryConv2d):
+        return "B" if layer.weights == "binary" else "T"
+    zeros = 1.0 - layer.weight.count_nonzero().item() / layer.weight.numel()
+    # A linear layer counts as dense however many zeros it has.
+    return "S" if isinstance(layer, nn.Conv2d) and zeros >= SPARSE_FROM else "D"
 
 
 def _merge(model: nn.Module, half: nn.Module, values: dict[str, Tensor]) -> None:
@@ -226,8 +241,8 @@ def provenance_of(checkpoint: str | Path, info: dict) -> dict:
     folder = Path(checkpoint).resolve().parent
     for path in (folder / "provenance.json", folder.parent / "provenance.json"):
         try:
-            run = json.loads(path.read_text())
-        except (OSError, ValueError):
+            run = json.loads(read_text(path))
+        except (ValueError, RecursionError):
             continue
         if isinstance(run, dict):
             kept |= {

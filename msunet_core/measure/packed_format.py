@@ -48,12 +48,6 @@ accuracy is that of O0.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-
-from torch import nn
-
-from ..model.ternary import TernaryConv2d
-from .scoring import SPARSE_FROM
 
 FORMAT = "msunet-packed-1"
 
@@ -70,21 +64,6 @@ def digest_of(content: bytes) -> bytes:
     digest.update(b"0" * 32)
     digest.update(memoryview(content)[DIGEST_AT.stop :])
     return digest.hexdigest().encode()
-
-
-def stored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All that stores something, in the order of the file."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-            yield name, module
-
-
-def letter_of(layer: nn.Module) -> str:
-    if isinstance(layer, TernaryConv2d):
-        return "B" if layer.weights == "binary" else "T"
-    zeros = 1.0 - layer.weight.count_nonzero().item() / layer.weight.numel()
-    # A linear layer counts as dense however many zeros it has.
-    return "S" if isinstance(layer, nn.Conv2d) and zeros >= SPARSE_FROM else "D"
 
 
 def norm_parts(merged: bool, kind: str) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ from ..model.ternary import GivenTernaryConv2d, TernaryConv2d
 # WideResNet-28-10 on CIFAR-100, the challenge's unit (MicroNet Challenge, scoring page).
 REFERENCE_PARAMS = 36.5e6
 REFERENCE_FLOPS = 10.49e9
+# The challenge ranked entries from this top-1 on, in percent and not rounded (specification §1).
+RANKED_FROM = 80.0
 # A value of k bits counts k / 32 (the same page).
 FULL_BITS = 32
 # From this share of zeros on, a bitmask with the non-zero values is counted instead of all values.

@@ -12,10 +12,9 @@ import argparse
 import hashlib
 import io
 import json
-import os
+import math
 import pickletools
 import re
-import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -25,14 +24,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import StudyError, closest
-from ..files import atomic_path, write_fault
-from .network import VARIANTS, build_msunet
+from ..errors import StudyError, closest, reason, shown
+from ..files import atomic_path, keep_as, read_bytes
+from .architecture import MAX_BYTES, VARIANTS
+from .network import build_msunet
 
 FORMAT = "msunet-study-1"
 PREVIOUS = ".previous"
-# No MSUNet checkpoint with optimizer state comes near this; a larger claim is an attack or an accident.
-MAX_BYTES = 256 * 2**20
+# No pickle of a published checkpoint, which tells of 150 to 700 tensors, comes near either.
+MAX_PICKLE = 2**20
+MAX_OPCODES = 200_000
+MAX_TEXT = 2**25  # characters of the JSON: a history of 100,000 epochs
+MAX_COUNT = 2**31  # of epochs, or of steps in one
 # All that a published checkpoint names in its pickle. torch's own list is longer: some of it can be told
 # to allocate any amount of memory.
 CLASSES = re.compile(
@@ -65,21 +68,7 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict) ->
         temporary.write_bytes(save(tensors, {"study": text, "digest": digest}))
         read_checkpoint(temporary)  # its digest is of what is in memory now
         if path.exists():
-            _keep_previous(path)
-
-
-def _keep_previous(path: Path) -> None:
-    keep = path.with_name(path.name + PREVIOUS)
-    spare = path.with_name(path.name + ".spare")
-    try:
-        spare.unlink(missing_ok=True)
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, spare)
-        os.replace(spare, keep)
-    except OSError as error:
-        raise write_fault(keep, error) from error
+            keep_as(path, path.with_name(path.name + PREVIOUS))
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -97,7 +86,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # damaged bytes can make the reader raise anything
         raise StudyError(
-            f"{path} is not a whole safetensors file ({_first_line(error)}); use another copy"
+            f"{path} is not a whole safetensors file ({reason(error)}); use another copy"
         ) from error
     if "study" not in metadata:
         raise StudyError(
@@ -105,12 +94,63 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         )
     if metadata.get("digest") != _digest(metadata["study"], tensors):
         raise StudyError(f"{path} was altered or damaged: its digest does not match; use another copy")
-    info = json.loads(metadata["study"])
-    if info.get("format") != FORMAT:
+    return tensors, _checked_info(path, metadata["study"])
+
+
+def _checked_info(path: Path, text: str) -> dict:
+    """The JSON of a checkpoint, each of its known entries of the kind that it must be.
+
+    A digest only says that nobody altered the file since it was made, not who made it.
+    """
+    try:
+        info = json.loads(text if len(text) <= MAX_TEXT else "")
+    except (ValueError, RecursionError) as error:
         raise StudyError(
-            f"{path} has format {info.get('format')!r}, this code reads {FORMAT}; use the code that wrote it"
+            f"{path} has an entry that is not JSON ({reason(error)}); use another copy"
+        ) from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        seen = shown(info.get("format") if isinstance(info, dict) else info)
+        raise StudyError(f"{path} has format {seen}, this code reads {FORMAT}; use the code that wrote it")
+    kinds = {
+        **{name: _is_count for name in ("epoch", "step")},
+        **{name: _is_mapping for name in ("identity", "network", "learner")},
+        **{name: _is_table for name in ("history", "layers")},
+        **{name: _is_text for name in ("stage", "opt_level")},
+        "losses": _is_losses,
+    }
+    for name, fits in kinds.items():
+        if name in info and not fits(info[name]):
+            raise StudyError(f"{path} has {name} {shown(info[name])}, which no run writes; use another copy")
+    return info
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < MAX_COUNT
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_losses(value: object) -> bool:
+    return isinstance(value, list) and all(type(loss) is float and math.isfinite(loss) for loss in value)
+
+
+def _is_table(value: object) -> bool:
+    """Rows with the same columns, of numbers and short texts."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(row, dict) and row.keys() == value[0].keys() for row in value)
+        and all(
+            type(cell) is float or (type(cell) is int and abs(cell) < MAX_COUNT) or _is_text(cell)
+            for row in value
+            for cell in row.values()
         )
-    return tensors, info
+    )
 
 
 def latest_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict] | None:
@@ -167,7 +207,7 @@ def load_checkpoint(
         state, info = _read_own(path) if _is_safetensors(path) else _read_published(path)
         config = _network_of(state, info)
         _refuse_other_network(path, state, config, variant)
-        _refuse_odd_tensors(path, state)
+        refuse_odd_tensors(path, state)
         config["variant"] = variant
         if weights is not None:
             config["weights"] = weights
@@ -177,7 +217,7 @@ def load_checkpoint(
     except StudyError:
         raise
     except Exception as error:  # a stranger's bytes can make any reader raise anything
-        raise StudyError(f"{path} is refused: {_first_line(error)}; use another copy") from error
+        raise StudyError(f"{path} is refused: {reason(error)}; use another copy") from error
     info["dtype"] = str(state["conv_stem.weight"].dtype).removeprefix("torch.")
     return model.eval(), info
 
@@ -192,7 +232,9 @@ def read_momentum(path: str | Path) -> dict[str, Tensor]:
     if not _is_safetensors(path):
         return {}
     tensors, _ = read_checkpoint(path)
-    return {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
+    momentum = {n.removeprefix("momentum/"): t for n, t in tensors.items() if n.startswith("momentum/")}
+    refuse_odd_tensors(path, momentum)
+    return momentum
 
 
 def _refuse_missing(path: Path) -> None:
@@ -220,7 +262,7 @@ def _read_own(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _read_published(path: Path) -> tuple[dict[str, Tensor], dict]:
-    content = path.read_bytes()
+    content = read_bytes(path, MAX_BYTES)
     if content.startswith(b"PK\x03\x04"):
         content = _checked_zip(path, content)
     else:
@@ -228,16 +270,23 @@ def _read_published(path: Path) -> tuple[dict[str, Tensor], dict]:
         for _ in range(LEGACY_PICKLES):
             _refuse_classes(path, pickles)
     # weights_only refuses every class but tensors, containers and the one named here.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own words advise to read it without weights_only: never repeated
+        raise StudyError(
+            f"{path} is refused: it is no whole checkpoint of tensors and plain values "
+            f"({type(error).__name__}); nothing of it was run; use another copy"
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise StudyError(f"{path} holds no state_dict of tensors; give a checkpoint with one")
     info = {"format": "pth.tar"}
     for key in ("epoch", "arch", "metric", "version"):
-        if isinstance(content.get(key), (int, float, str)):
-            info[key] = content[key]
+        value = content.get(key)
+        if isinstance(value, float) or _is_count(value) or (isinstance(value, str) and len(value) <= 200):
+            info[key] = value
     info["has_optimizer"] = "optimizer" in content
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, info
 
@@ -247,6 +296,8 @@ def _checked_zip(path: Path, content: bytes) -> bytes:
     copy = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(copy, "w") as checked:
         members = archive.infolist()
+        if any(member.file_size > MAX_PICKLE for member in members if member.filename.endswith(".pkl")):
+            raise StudyError(f"{path} has a pickle of more than {MAX_PICKLE} bytes; not opened")
         total = sum(member.file_size for member in members)
         if total > MAX_BYTES:
             raise StudyError(
@@ -264,7 +315,10 @@ def _checked_zip(path: Path, content: bytes) -> bytes:
 
 def _refuse_classes(path: Path, stream: io.BytesIO) -> None:
     """Walk through one pickle, running nothing, and refuse any class or function but ``CLASSES``."""
-    for opcode, argument, _ in pickletools.genops(stream):
+    first = stream.tell()
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if number > MAX_OPCODES or stream.tell() - first > MAX_PICKLE:
+            raise StudyError(f"{path} has a pickle longer than any MSUNet's; not opened")
         if opcode.name == "GLOBAL" and not CLASSES.fullmatch(argument):
             raise StudyError(
                 f"{path} is refused: it names {argument.replace(' ', '.')[:80]!r}, and only tensors, "
@@ -305,7 +359,8 @@ def _differences(found: dict[str, tuple], config: dict, variant: str) -> list[st
     return lines + [f"{n[:80]} {s} is unexpected" for n, s in found.items() if n not in expected]
 
 
-def _refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
+def refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Refuse tensors that no network has: other kinds of numbers, NaN, Inf, or more bytes than any MSUNet."""
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if claimed > MAX_BYTES:
         raise StudyError(
@@ -324,6 +379,8 @@ def _refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
             raise StudyError(f"{path} has {name} as {kind}, not as {names}; use another checkpoint")
         if not tensor.isfinite().all():
             raise StudyError(f"{path} has NaN or Inf in {name}; use another checkpoint")
+        if name.endswith(("running_var", "num_batches_tracked")) and (tensor < 0).any():
+            raise StudyError(f"{path} has negative numbers in {name}; use another checkpoint")
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
@@ -338,7 +395,3 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor of any device and layout as bytes, in the order of its dimensions."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

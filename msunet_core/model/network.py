@@ -6,53 +6,12 @@ Parameter and buffer names are those of the published checkpoints: they are a pr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import StudyError, closest
-from .ternary import ALPHA, WEIGHTS, TernaryConv2d, ternary_layers
-
-STEM_CHANNELS = 64
-HEAD_CHANNELS = 256
-
-
-@dataclass(frozen=True)
-class Block:
-    """One inverted residual. ``expand_groups``/``project_groups`` split a 1x1 convolution."""
-
-    out_channels: int
-    expand: int
-    kernels: tuple[int, ...]
-    se_ratio: float = 0.0  # reduced channels over the block's *input* channels; 0: no SE
-    stride: int = 1
-    expand_groups: int = 1
-    project_groups: int = 1
-    act: type[nn.Module] = nn.SiLU
-
-
-# blocks.1.0, 2.0, 2.1, 3.0, 3.1 of v3; blocks.0.0 is the depthwise-separable one.
-V3_BLOCKS: tuple[tuple[Block, ...], ...] = (
-    (Block(64, 6, (3,), expand_groups=2, project_groups=2, act=nn.ReLU),),
-    (
-        Block(128, 5, (3, 5, 7), se_ratio=0.5, stride=2),
-        Block(128, 6, (3, 5), se_ratio=0.5, expand_groups=2, project_groups=2),
-    ),
-    (
-        Block(256, 5, (3, 5, 7), se_ratio=0.25, stride=2, project_groups=2),
-        Block(256, 4, (3, 5), se_ratio=0.25, project_groups=2),
-    ),
-)
-# v1 and v2 are one network, expanded by 6 everywhere.
-V1_BLOCKS = tuple(tuple(replace(block, expand=6) for block in stage) for stage in V3_BLOCKS)
-VARIANTS = {"v1": V1_BLOCKS, "v2": V1_BLOCKS, "v3": V3_BLOCKS}
-
-
-def split_channels(channels: int, groups: int) -> list[int]:
-    """Near-equal consecutive parts, the first taking the remainder: 320, 3 -> [108, 106, 106]."""
-    part = channels // groups
-    return [channels - part * (groups - 1)] + [part] * (groups - 1)
+from .architecture import HEAD_CHANNELS, STEM_CHANNELS, VARIANTS, Block, check, scaled, split_channels
+from .ternary import ALPHA, TernaryConv2d, ternary_layers
 
 
 class MixedConv2d(nn.ModuleDict):
@@ -109,10 +68,10 @@ class InvertedResidual(nn.Module):
         wide = in_channels * block.expand
         self.conv_pw = conv1x1(in_channels, wide, block.expand_groups)
         self.bn1 = nn.BatchNorm2d(wide)
-        self.act1 = block.act()
+        self.act1 = getattr(nn, block.act)()
         self.conv_dw = depthwise(wide, block.kernels, block.stride)
         self.bn2 = nn.BatchNorm2d(wide)
-        self.act2 = block.act()
+        self.act2 = getattr(nn, block.act)()
         self.se = SqueezeExcite(wide, int(in_channels * block.se_ratio)) if block.se_ratio else nn.Identity()
         self.conv_pwl = conv1x1(wide, out_channels, block.project_groups)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -136,10 +95,10 @@ def depthwise(channels: int, kernels: tuple[int, ...], stride: int) -> nn.Module
 class MSUNet(nn.Module):
     """Images (B, 3, 32, 32) to class scores (B, num_classes). Build it with :func:`build_msunet`."""
 
-    def __init__(self, stages: tuple[tuple[Block, ...], ...], scale_width, conv1x1, num_classes: int):
+    def __init__(self, stages: tuple[tuple[Block, ...], ...], width: float, conv1x1, num_classes: int):
         super().__init__()
         self.built_with: dict = {}
-        channels = scale_width(STEM_CHANNELS)
+        channels = scaled(STEM_CHANNELS, width)
         self.conv_stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = nn.ReLU()
@@ -147,12 +106,12 @@ class MSUNet(nn.Module):
         for stage in stages:
             layers = []
             for block in stage:
-                out_channels = scale_width(block.out_channels)
+                out_channels = scaled(block.out_channels, width)
                 layers.append(InvertedResidual(channels, out_channels, block, conv1x1))
                 channels = out_channels
             blocks.append(nn.Sequential(*layers))
         self.blocks = nn.Sequential(*blocks)
-        head = scale_width(HEAD_CHANNELS)
+        head = scaled(HEAD_CHANNELS, width)
         self.conv_head = conv1x1(channels, head)
         self.bn2 = nn.BatchNorm2d(head)
         self.act2 = nn.ReLU()
@@ -199,16 +158,7 @@ def build_msunet(
     ------
     StudyError : an argument outside the above
     """
-    if variant not in VARIANTS:
-        raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
-    if weights not in WEIGHTS:
-        raise StudyError(f"weights {weights!r} is unknown; {closest(weights, WEIGHTS)}")
-    if not (math.isfinite(width) and 0 < width <= 8):
-        raise StudyError(f"width {width!r} is outside (0, 8]; 1.0 is the published network")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise StudyError(f"alpha {alpha!r} is not a number >= 0; {ALPHA} is the published threshold")
-    if not (isinstance(num_classes, int) and num_classes >= 1):
-        raise StudyError(f"num_classes {num_classes!r} is not a whole number >= 1; CIFAR-100 has 100")
+    check(variant, weights, alpha, num_classes, width)
 
     def conv1x1(in_channels: int, out_channels: int, groups: int = 1) -> nn.Module:
         convs = [
@@ -221,10 +171,7 @@ def build_msunet(
         ]
         return convs[0] if groups == 1 else MixedConv2d(convs)
 
-    def scale_width(channels: int) -> int:
-        return max(4, 4 * round(channels * width / 4))
-
-    model = MSUNet(VARIANTS[variant], scale_width, conv1x1, num_classes)
+    model = MSUNet(VARIANTS[variant], width, conv1x1, num_classes)
     init_weights(model)
     model.built_with = dict(
         variant=variant, weights=weights, alpha=alpha, num_classes=num_classes, width=width

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StudyError
+from .architecture import WEIGHTS
 
 # The published threshold in standard deviations. Phi^-1(0.75) = 0.67449 would make half of a
 # normal tensor zero; the schedule climbs to that, the constant afterwards is the published 0.67749.
 ALPHA = 0.67749
 
-WEIGHTS = ("ternary", "binary", "float")
 # Of which tensor the float weight gets the gradient: K as published, or T, so sqrt(M) times that.
 GRADIENTS = ("kernel", "signs")
 

@@ -15,6 +15,7 @@ from ..data.images import MEAN, STD
 plt.rcParams.update(
     {
         "figure.dpi": 100,
+        "text.parse_math": False,  # class names are names: one may hold a dollar sign
         "axes.grid": True,
         "grid.alpha": 0.3,
         "axes.spines.top": False,
@@ -90,3 +91,10 @@ def plot_trade_off(table: pd.DataFrame) -> plt.Figure:
     ax.set_title("Upper left is better: accuracy against score")
     ax.legend(fontsize=8)
     return figure
+
+
+def hatch_bars(ax: plt.Axes, hatches: Sequence[str]) -> None:
+    """A pattern for each series of a bar chart beside its colour, for whoever does not see colours."""
+    for bars, hatch in zip(ax.containers, hatches, strict=True):
+        for bar in bars:
+            bar.set_hatch(hatch)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import StudyError, closest
+from ..errors import StudyError, closest, reason, shown
+from ..files import read_text
 from ..model.network import VARIANTS
 from ..model.precision import OPT_LEVELS
 from ..model.ternary import WEIGHTS
@@ -61,7 +62,7 @@ class Profile:
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
-            raise StudyError(f"seed {self.seed} is outside 0 .. {2**63 - 1}; choose another")
+            raise StudyError(f"seed {shown(self.seed)} is outside 0 .. {2**63 - 1}; choose another")
         for part, name, choices in (
             (self.network, "variant", VARIANTS),
             (self.network, "weights", WEIGHTS),
@@ -72,16 +73,79 @@ class Profile:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
 
 
+MAX_YAML = 2**16  # characters of a profile or a value; the longest of ours has 2,000
+MAX_BRACKETS = 300
+MAX_DEPTH = 8  # mappings and lists within each other; ours have 3
+MAX_VALUES = 5000  # with what aliases repeat
+MAX_INTEGER = 2**63  # no number of the study is larger
+
+
 class _Loader(yaml.SafeLoader):
-    """Booleans as of YAML 1.2, so that "off", a value of ``consistency``, is a word."""
+    """YAML as far as a profile needs it: no name twice, nothing deep.
+
+    Booleans as of YAML 1.2, so that "off", a value of ``consistency``, is a word.
+    """
 
     yaml_implicit_resolvers: typing.ClassVar = {
         first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    depth = 0
+
+    def compose_node(self, parent, index):
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise StudyError(f"it is nested more than {MAX_DEPTH} deep; write it flat")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, value in node.value:
+            if key.value == "<<" and not isinstance(value, yaml.MappingNode):
+                raise StudyError("it merges (<<) more than one mapping; write them out")
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise StudyError(f"it has {shown(key.value)} twice; remove one")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
+
+
+def _parsed(text: str, where: str) -> object:
+    """A YAML text as mappings with names, lists, texts, numbers, booleans and None, and nothing else.
+
+    Raises StudyError for any other text; ``where`` begins its message.
+    """
+    if len(text) > MAX_YAML:
+        raise StudyError(f"{where} has {len(text)} characters, more than {MAX_YAML}; shorten it")
+    if text.count("[") + text.count("{") > MAX_BRACKETS:  # PyYAML's time grows with their square
+        raise StudyError(f"{where} has more than {MAX_BRACKETS} brackets; write it flat")
+    try:
+        value = yaml.load(text, _Loader)
+    except StudyError as error:
+        raise StudyError(f"{where} is not a profile's YAML: {error}") from error
+    except Exception as error:  # PyYAML raises its own kinds, and what constructors of values happen to raise
+        raise StudyError(f"{where} is not readable YAML ({reason(error)}); correct it") from error
+    return _plain(value, where, MAX_DEPTH, iter(range(MAX_VALUES)))
+
+
+def _plain(value: object, where: str, depth: int, room: typing.Iterator[int]) -> object:
+    """A copy of plain values without aliases; StudyError where ``depth`` or ``room`` for them is used up."""
+    if next(room, None) is None or depth < 0:
+        raise StudyError(
+            f"{where} holds more than {MAX_VALUES} values or repeats itself for ever; shorten it"
+        )
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: _plain(each, f"{where}: {name}", depth - 1, room) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each, where, depth - 1, room) for each in value]
+    whole = isinstance(value, int) and abs(value) <= MAX_INTEGER
+    if value is None or whole or isinstance(value, str | float):
+        return value
+    raise StudyError(f"{where} holds {shown(value)}, no text, number, list or mapping of names; correct it")
 
 
 def profile_names() -> list[str]:
@@ -120,8 +184,8 @@ def load_profile(
     for part in ("network", "data"):
         tree[part] = _mapping(tree.get(part), f"{path}: {part}")
     variant = variant or tree["network"].get("variant", "v3")
-    if variant not in VARIANTS:
-        raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise StudyError(f"variant {shown(variant)} is unknown; {closest(variant, VARIANTS)}")
     tree = _merge(tree, _mapping(variants.get(variant), f"{path}: variants.{variant}"))
     tree = _merge(tree, {"name": path.stem, "network": {"variant": variant}})
     tree = _merge(tree, {"seed": seed, "device": device}, skip_none=True)
@@ -129,14 +193,10 @@ def load_profile(
     for override in overrides.split() if isinstance(overrides, str) else overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise StudyError(f"override {override!r} has no '='; write it as train.epochs=3")
-        try:
-            value: object = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise StudyError(
-                f"override {override!r} has a value that is not YAML; correct {text!r}"
-            ) from error
-        tree = _merge(tree, _nested(key, value))
+            raise StudyError(f"override {shown(override)} has no '='; write it as train.epochs=3")
+        if key.count(".") >= MAX_DEPTH:
+            raise StudyError(f"override {shown(key)} names no parameter; write it as train.epochs=3")
+        tree = _merge(tree, _nested(key, _parsed(text, f"override {shown(key)}")))
     if data is not None or limit is not None or not _is_own_data(tree):
         tree["expect"] = {}
     return _build(Profile, tree, where="")
@@ -152,11 +212,7 @@ def overridden(profile: Profile, changes: typing.Mapping[str, object]) -> Profil
 
 def read_yaml(path: str | Path) -> dict:
     """The mapping that a YAML file holds, or a StudyError of one line."""
-    try:
-        tree = yaml.load(Path(path).read_text(), _Loader)
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise StudyError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
-    return _mapping(tree, str(path))
+    return _mapping(_parsed(read_text(path, MAX_YAML), str(path)), str(path))
 
 
 def _nested(key: str, value: object) -> dict:
@@ -173,7 +229,7 @@ def _mapping(value: object, where: str) -> dict:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise StudyError(f"{where} is {value!r:.60}, not a mapping of fields; correct it")
+        raise StudyError(f"{where} is {shown(value)}, not a mapping of fields; correct it")
     return value
 
 
@@ -210,13 +266,13 @@ def _value(kind, value, where: str):
                 raise TypeError
             return tuple(_value(int, v, where) for v in value)
         if origin is dict:
-            return {k: [float(low), float(high)] for k, (low, high) in value.items()}
+            return {str(k): [float(low), float(high)] for k, (low, high) in value.items()}
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError
             return value
         if kind is int:
-            if isinstance(value, bool) or int(value) != float(value):
+            if isinstance(value, bool) or int(value) != (value if isinstance(value, int) else float(value)):
                 raise TypeError
             return int(value)
         if (kind is float and isinstance(value, bool)) or (kind is str and not isinstance(value, str)):
@@ -226,4 +282,4 @@ def _value(kind, value, where: str):
         raise
     except (TypeError, ValueError, AttributeError, OverflowError):
         expected = getattr(origin or kind, "__name__", str(kind))
-        raise StudyError(f"parameter {where} is {value!r}, not of type {expected}; correct it") from None
+        raise StudyError(f"parameter {where} is {shown(value)}, not of type {expected}; correct it") from None

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import StudyError
-from ..files import ROOT, atomic_write
+from ..files import ROOT, atomic_write, read_text
 from .profile import load_profile
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill", "nbconvert", "ipykernel")
@@ -34,8 +34,9 @@ def record(output: Path, began: int, values: Mapping[str, object], peak_memory: 
     """Merge this notebook's entry into provenance.json of its run folder."""
     path = output.parent / "provenance.json"
     try:
-        notebooks = json.loads(path.read_text())["notebooks"]
-    except (OSError, ValueError, KeyError):  # the first notebook of a run, or a file of no use
+        notebooks = json.loads(read_text(path))["notebooks"]
+    # The first notebook of a run, or a file of no use.
+    except (ValueError, KeyError, TypeError, RecursionError):
         notebooks = {}
     notebooks[output.stem] = {**_sitting(began), "peak_memory_mb": peak_memory and round(peak_memory / 2**20)}
     parts = {"notebooks": dict(sorted(notebooks.items()))}

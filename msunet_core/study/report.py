@@ -1,168 +1,225 @@
-"""Renders a run folder as pages: one per executed notebook, and an index with numbers and figures.
+"""Builds the site of a run folder: its executed notebooks, the claims, the shipped network, the code.
 
-    python -m msunet_core.report RUN_FOLDER
+    python -m msunet_core.study.report RUN_FOLDER
 
-Pages only show what the notebooks left in the folder. Nothing that a notebook uses may move here:
-Make renders the pages again when this file changes, but runs no notebook again for it.
+writes ``RUN_FOLDER/site/``, which opens from the file system and asks no other host for anything. Pages only
+show what notebooks and commits left; nothing that a notebook uses may move here, or into claims.py, pages.py
+and shipped_page.py: Make builds the site again when these change, but runs no notebook again for it.
 """
 
 from __future__ import annotations
 
-import html
+import contextlib
+import io
 import json
+import os
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
-from urllib.parse import quote
 
+import matplotlib
 import nbformat
-from nbconvert import HTMLExporter
 
 from ..errors import StudyError
-from ..files import atomic_write
+from ..files import ROOT, write_fault
+from . import pages
+from .claims import EVIDENCE, claims, load_shipped
+from .shipped_page import shipped_parts
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line);
-         vertical-align: top; }
-td.number, th.number { text-align: right; }
-code { background: var(--faint); padding: .1em .3em; overflow-wrap: anywhere; }
-.tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 3rem; }
-.figures { display: grid; gap: 1.5rem;
-           grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }
-figure { margin: 0; } figure img { width: 100%; background: white; border: 1px solid var(--line); }
-figcaption { font-size: .9rem; }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+DOCS = ROOT / "docs"
+# In the contents, in this order, where the page is there.
+FIRST = ("shipped", "try_it", "score_explorer")
+LAST = ("run", "code", "specification", "about")
+PLACE = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
+# What of a run folder its site offers, beside the notebooks.
+OFFERED = (
+    "metrics.json",
+    "provenance.json",
+    "packed.safetensors",
+    "packed.onnx",
+    "train/history.csv",
+    "prune/history.csv",
+)
 
 
-def render_pages(run_folder: str | Path) -> Path:
-    """Write NAME.html beside each executed NAME.ipynb, then index.html; returns the index.
+def build_site(run_folder: str | Path) -> Path:
+    """Build ``run_folder/site`` anew, whole or not at all; returns its index.html.
 
-    metrics.json, provenance.json and figures/ are shown where they are there.
-
-    Raises StudyError when the folder holds no executed notebook, or a file cannot be written.
+    Raises
+    ------
+    StudyError : the folder holds no executed notebook, a file of it cannot be read, the site not be written
     """
     folder = Path(run_folder)
-    notebooks = sorted(
-        path
-        for path in folder.glob("*.ipynb")
+    notebooks = {
+        path.stem: _notebook(path)
+        for path in sorted(folder.glob("*.ipynb"))
         if not path.name.startswith(".") and not path.name.endswith(".failed.ipynb")
-    )
+    }
     if not notebooks:
         raise StudyError(f"{folder} has no executed notebook; run `make reproduce RUN={folder.name}` first")
-    titles = {}
-    for path in notebooks:
-        notebook = nbformat.read(path, 4)
-        titles[path.stem] = _title(notebook) or path.stem
-        atomic_write(path.with_suffix(".html"), _notebook_page(notebook, titles[path.stem]))
-    index = folder / "index.html"
-    atomic_write(index, _index_page(folder, titles))
-    return index
+    try:
+        with tempfile.TemporaryDirectory(prefix=".site.", dir=folder) as scratch:
+            source, out = Path(scratch, "source"), Path(scratch, "html")
+            _stage(folder, notebooks, source)
+            _render(source, out)
+            _offer(folder, notebooks, out / "downloads")
+            _replace(folder / "site", out, Path(scratch, "old"))
+    except OSError as error:
+        raise write_fault(error.filename or folder / "site", error) from error
+    return folder / "site" / "index.html"
 
 
-def _title(notebook: nbformat.NotebookNode) -> str | None:
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown" and (heading := re.search(r"^#\s+(.+)$", cell.source, re.MULTILINE)):
-            return re.sub(r"[`*$]", "", heading[1]).strip()
-    return None
+def _notebook(path: Path) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(path, 4)
+    except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+        raise StudyError(
+            f"{path} is not a notebook ({type(error).__name__}); remove it and run it again"
+        ) from error
 
 
-def _notebook_page(notebook: nbformat.NotebookNode, title: str) -> str:
-    notebook.metadata["title"] = title
-    exporter = HTMLExporter(embed_images=True)
-    page, _ = exporter.from_notebook_node(notebook)
-    # Only widgets need require.js, and no notebook has one: the page must not wait for a network.
-    page = re.sub(r'<script src="[^"]*require[^"]*"></script>', "", page)
-    back = '<p style="padding: 0 1rem"><a href="index.html">All pages of this run</a></p>'
-    return re.sub(r"(<body[^>]*>)", lambda body: body[1] + back, page, count=1)
+def _stage(folder: Path, notebooks: dict[str, nbformat.NotebookNode], source: Path) -> None:
+    """Everything that Sphinx reads, in one folder: our pages filled in, notebooks, pictures, code."""
+    shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("__pycache__", "conf.py"))
+    pictures = source / "figures"
+    pictures.mkdir()
+    provenance, metrics = _read(folder / "provenance.json"), _read(folder / "metrics.json")
+    profile = pages.profile_of(provenance)
+    statement = pages.run_statement(profile, folder.name)
+    titles = {name: pages.title_of(notebook) or name for name, notebook in notebooks.items()}
+    for name, notebook in notebooks.items():
+        made = pages.site_notebook(notebook, name, statement, pictures)
+        nbformat.write(made, source / f"{name}.ipynb")
+    headings = {name: pages.headings_of(notebook) for name, notebook in notebooks.items()}
+    code = pages.code_pages()
+    (source / "code").mkdir()
+    for module, page in code.items():
+        (source / "code" / f"{module}.md").write_text(page)
+    shipped = load_shipped()
+    if shipped and (source / "try_it.md").exists():
+        from .web import network_script
 
-
-def _index_page(folder: Path, titles: dict[str, str]) -> str:
-    provenance = _read(folder / "provenance.json")
-    body = [f"<h1>MSUNet study: run {html.escape(folder.name)}</h1>"]
-    if command := provenance.get("command"):
-        body.append(f"<p>Made by <code>{html.escape(str(command))}</code></p>")
-    body += ["<h2>Notebooks</h2>", _notebook_table(titles, provenance.get("notebooks", {}))]
-    if metrics := _read(folder / "metrics.json"):
-        body += ["<h2>Numbers</h2>", _metric_tables(metrics)]
-    if figures := sorted((folder / "figures").glob("*.png")):
-        body += ["<h2>Figures</h2>", '<div class="figures">', *map(_figure, figures), "</div>"]
-    if provenance:
-        rest = {name: value for name, value in provenance.items() if name not in ("command", "notebooks")}
-        body += ["<h2>How this run was made</h2>", _table(_flat(rest))]
-    return PAGE.format(title=f"MSUNet: {html.escape(folder.name)}", style=STYLE, body="\n".join(body))
-
-
-def _notebook_table(titles: dict[str, str], made: dict) -> str:
-    rows = []
-    for name, title in titles.items():
-        entry = made.get(name, {})
-        seconds, memory = entry.get("wall_seconds"), entry.get("peak_memory_mb")
-        rows.append(
-            f'<tr><td><a href="{quote(name)}.html">{html.escape(title)}</a></td>'
-            f'<td class="number">{"" if seconds is None else f"{seconds:,.0f} s"}</td>'
-            f'<td class="number">{"" if memory is None else f"{memory:,.0f} MiB"}</td>'
-            f'<td><a href="{quote(name)}.ipynb">notebook</a></td></tr>'
-        )
-    head = '<tr><th></th><th class="number">time</th><th class="number">peak memory</th><th></th></tr>'
-    return f"<table>{head}{''.join(rows)}</table>"
-
-
-def _metric_tables(metrics: dict) -> str:
-    """Numbers that stand alone in one table, each section of metrics.json in a table of its own."""
-    alone = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
-    sections = {"": alone, **{name: value for name, value in metrics.items() if isinstance(value, dict)}}
-    tables = [_table(_flat(section), heading=name) for name, section in sections.items() if section]
-    return f'<div class="tables">{"".join(tables)}</div>'
-
-
-def _table(rows: dict[str, object], heading: str = "") -> str:
-    head = f"<tr><th colspan=2>{html.escape(heading)}</th></tr>" if heading else ""
-    cells = []
-    for name, value in rows.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        shown = f"{value:,.6g}" if isinstance(value, float) else str(value)
-        kind = ' class="number"' if number else ""
-        cells.append(f"<tr><td>{html.escape(name)}</td><td{kind}>{html.escape(shown)}</td></tr>")
-    return f"<table>{head}{''.join(cells)}</table>"
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    rows: dict[str, object] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            rows.update(_flat(value, f"{prefix}{name}."))
-        elif isinstance(value, list):
-            rows[f"{prefix}{name}"] = ", ".join(map(str, value))
-        elif value is not None:
-            rows[f"{prefix}{name}"] = value
-    return rows
-
-
-def _figure(path: Path) -> str:
-    link = f"figures/{quote(path.name)}"
-    caption = html.escape(path.stem.replace("_", " "))
-    return (
-        f'<figure><a href="{link}"><img src="{link}" alt="{caption}" loading="lazy"></a>'
-        f"<figcaption>{caption}</figcaption></figure>"
+        (source / "_static" / "msunet_v3.js").write_text(network_script(shipped.path))
+    with matplotlib.rc_context({"backend": "Agg"}):
+        parts = shipped_parts(shipped, pictures)
+    _fill(
+        source,
+        {
+            **parts,
+            "claims": pages.claims_table(
+                claims(shipped=shipped), {**titles, "shipped": "The shipped network"}, headings
+            ),
+            "run_statement": statement,
+            "notebooks": pages.notebook_table(titles, provenance.get("notebooks") or {}),
+            "provenance": pages.provenance_table(provenance, metrics),
+            "metrics": pages.metrics_tables({name: metrics[name] for name in metrics if name != "data"}),
+            "downloads": _downloads(folder, notebooks),
+            "code": pages.code_list(code),
+            "authors": pages.authors(_text(ROOT / "CITATION.cff")),
+            "citation": pages.citation(_text(ROOT / "CITATION.cff")),
+            "contents": _contents(source, list(notebooks), pages.toy_words(profile)),
+        },
     )
+
+
+def _fill(source: Path, places: dict[str, str]) -> None:
+    for path in sorted(source.glob("*.md")):
+        page = path.read_text()
+        if unknown := set(PLACE.findall(page)) - places.keys():
+            raise StudyError(
+                f"docs/{path.name} has a place {min(unknown)!r} that nothing fills; correct its name"
+            )
+        path.write_text(PLACE.sub(lambda found: places[found[1]], page))
+
+
+def _contents(source: Path, notebooks: list[str], toy: list[str]) -> str:
+    others = {path.stem for path in source.glob("*.md")} - {"index", *FIRST, *LAST}
+    parts = {
+        "The study": [name for name in FIRST if (source / f"{name}.md").exists()],
+        f"Notebooks, a toy run: {', '.join(toy)}" if toy else "Notebooks": notebooks,
+        "Reference": [name for name in (*sorted(others), *LAST) if (source / f"{name}.md").exists()],
+    }
+    return "\n".join(
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {json.dumps(caption)}", "", *names, "```", ""])
+        for caption, names in parts.items()
+    )
+
+
+def _render(source: Path, out: Path) -> None:
+    from sphinx.application import Sphinx
+    from sphinx.errors import SphinxError
+
+    own = {"html_static_path": [str(source / "_static")]}  # ours, and what was made for this site
+    warnings = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            app = Sphinx(source, DOCS, out, out.parent / "doctrees", "html", own, None, warnings)
+            app.build(force_all=True)
+    except SphinxError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudyError(f"the site cannot be built: {reason}; correct that page") from error
+    told = re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).replace(f"{source}{os.sep}", "")
+    sys.stderr.write(told)
+    for left in (".buildinfo", "objects.inv"):
+        (out / left).unlink(missing_ok=True)
+
+
+def _replace(site: Path, new: Path, old: Path) -> None:
+    """Put ``new`` where ``site`` is; the former one goes with the scratch folder."""
+    if site.exists() or site.is_symlink():
+        site.rename(old)
+    new.rename(site)
+
+
+# -- downloads ---------------------------------------------------------------------------------
+
+
+def _offers(folder: Path) -> dict[str, tuple[Path, str]]:
+    """What the site offers for download: file and what it is, by the name it gets."""
+    found = {}
+    for name in OFFERED:
+        if (folder / name).is_file():
+            found[name.replace("/", "_")] = (folder / name, "of this run")
+    for path in sorted((ROOT / "runs" / "pretrained").glob("*")):
+        if path.suffix in (".safetensors", ".onnx", ".csv", ".json"):
+            found[f"shipped_{path.name.removeprefix('shipped_')}"] = (path, "of the shipped network")
+    for group, pattern in (("ablations", f"{EVIDENCE}*.[cj]s*"), ("record", "*.[cj]s*")):
+        for path in sorted((ROOT / "runs" / group).glob(pattern)):
+            found[f"{group}_{path.name}"] = (path, f"evidence, {group}")
+    if (ROOT / "CITATION.cff").is_file():
+        found["CITATION.cff"] = (ROOT / "CITATION.cff", "how to cite")
+    return found
+
+
+def _downloads(folder: Path, notebooks: dict) -> str:
+    rows = [
+        (
+            pages.Html(f"{pages.link(f'downloads/{name}', name)}"),
+            what,
+            f"{path.stat().st_size / 1000:,.1f} kB",
+        )
+        for name, (path, what) in _offers(folder).items()
+    ]
+    rows += [
+        (
+            pages.link(f"downloads/{name}.ipynb", f"{name}.ipynb"),
+            "executed notebook",
+            f"{size / 1000:,.1f} kB",
+        )
+        for name in notebooks
+        for size in [(folder / f"{name}.ipynb").stat().st_size]
+    ]
+    return pages.table(("file", "what", "size"), rows, numbers=1)
+
+
+def _offer(folder: Path, notebooks: dict, downloads: Path) -> None:
+    downloads.mkdir()
+    for name, (path, _) in _offers(folder).items():
+        shutil.copyfile(path, downloads / name)
+    for name in notebooks:
+        shutil.copyfile(folder / f"{name}.ipynb", downloads / f"{name}.ipynb")
 
 
 def _read(path: Path) -> dict:
@@ -176,13 +233,17 @@ def _read(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 rendered, 1 refused (one line on stderr)."""
+    """Exit status: 0 built, 1 refused (one line on stderr)."""
     if len(arguments) != 1:
-        print("usage: python -m msunet_core.report RUN_FOLDER", file=sys.stderr)
+        print("usage: python -m msunet_core.study.report RUN_FOLDER", file=sys.stderr)
         return 2
     try:
-        print(f"wrote {render_pages(arguments[0])}")
+        print(f"wrote {build_site(arguments[0])}")
     except StudyError as error:
         print(error, file=sys.stderr)
         return 1

@@ -15,18 +15,27 @@ from torch import Tensor, nn
 from ..data.images import ImageData
 from ..data.sources import load_data
 from ..errors import StudyError
-from ..files import ROOT, atomic_path, atomic_write, write_fault
+from ..files import ROOT, atomic_path, atomic_write, read_text, write_fault
 from ..measure.unpack import is_shipped, load_network, shipped
 from ..model.checkpoint import load_checkpoint, read_momentum
 from ..model.network import build_msunet
 from ..training.records import Progress
-from ..training.stages import CHECKPOINT
+from ..training.stages import CHECKPOINT, train
+from .alt_text import enable
 from .profile import Profile, load_profile
 
 
 def runs_folder() -> Path:
     """Where runs go: the environment variable MSUNET_RUNS, else ``runs/`` of the checkout."""
     return Path(os.environ.get("MSUNET_RUNS") or ROOT / "runs").absolute()
+
+
+def check_run_name(run: str) -> None:
+    """Refuse a RUN that is not the plain name of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run):
+        raise StudyError(
+            f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
+        )
 
 
 def new_network(profile: Profile, num_classes: int = 100, **changes) -> nn.Module:
@@ -59,15 +68,13 @@ class Study:
     def __init__(
         self, profile, data=None, run="lab", device=None, seed=None, limit=None, variant=None, overrides=""
     ):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(run)):
-            raise StudyError(
-                f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
-            )
+        check_run_name(str(run))
         self.profile = load_profile(
             profile, variant=variant, data=data, limit=limit, seed=seed, device=device, overrides=overrides
         )
         self.folder = runs_folder() / str(run)
         self._data: ImageData | None = None
+        enable()  # pictures of this notebook come with words
         try:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,12 +97,46 @@ class Study:
 
     @property
     def options(self) -> dict:
-        """Keyword arguments of train and prune: seed, device and a progress line that pages can show."""
-        return {"seed": self.profile.seed, "device": self.profile.device, "progress": live_line()}
+        """Keyword arguments of train and prune: seed, device and a progress line that pages can show.
+
+        A stage folder of another run is renamed, never removed.
+        """
+        profile = self.profile
+        return {"seed": profile.seed, "device": profile.device, "progress": live_line(), "aside": True}
 
     def network(self, **changes) -> nn.Module:
         """A network with the fresh weights of the profile's seed."""
         return new_network(self.profile, **{"num_classes": self.data.num_classes, **changes})
+
+    def is_toy(self) -> bool:
+        """Whether the run falls short of the published set-up: other images, fewer of them, another width."""
+        return bool(self._shortfalls())
+
+    def about(self) -> str:
+        """One sentence that tells a toy from the real thing, made from the profile; empty for the latter."""
+        if not self.is_toy():
+            return ""
+        words = ", ".join(self._shortfalls())
+        return (
+            f"A toy: {words} (profile {self.profile.name}). It shows how each technique works; "
+            "its accuracies say nothing about MSUNet's."
+        )
+
+    def _shortfalls(self) -> list[str]:
+        source, limit, width = self.profile.data.source, self.profile.data.limit, self.profile.network.width
+        told = {
+            "synthetic images": source == "synthetic",
+            f"at most {limit} of each class": limit is not None,
+            f"a network of {width:g} times the published width": width != 1.0,
+        }
+        return [words for words, holds in told.items() if holds]
+
+    def start_of_pruning(self) -> nn.Module:
+        """The network that training ended with; trained now, which is said, where notebook 02 has not."""
+        if not (self.folder / "train" / CHECKPOINT).exists():
+            print(f"Run {self.folder.name} has no trained network yet: training it now, as notebook 02 does.")
+            train(self.network(), self.data, self.profile.train, self.folder / "train", **self.options)
+        return self.checkpoint("train")
 
     def checkpoint(self, stage: str) -> nn.Module:
         """The network that a stage of this run ended with."""
@@ -138,10 +179,13 @@ class Study:
         """Put measured numbers into ``metrics.json`` under a section, replacing what it held."""
         path = self.folder / "metrics.json"
         try:
-            metrics = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
+            metrics = json.loads(read_text(path)) if path.exists() else {}
+        except (ValueError, RecursionError) as error:
             raise StudyError(f"{path} is not JSON; remove it and run the notebooks again") from error
         metrics[section] = numbers
+        if self._data is not None:
+            source = Path(self.profile.data.source).name
+            metrics["data"] = {"source": source, "fingerprint": self.data.fingerprint}
         atomic_write(path, json.dumps(dict(sorted(metrics.items())), indent=1) + "\n")
 
     def expected(self, name: str, value: float) -> str:

@@ -1,10 +1,9 @@
-"""Runs one notebook headless, keeps the lock of a run folder and writes down how the run was made.
+"""Runs one notebook headless and writes down how the run was made.
 
-    python -m msunet_core.runner run NOTEBOOK OUTPUT [-p NAME VALUE] [--stage FOLDER] [--inputs FILE ...]
-    python -m msunet_core.runner check [-p NAME VALUE]
-    python -m msunet_core.runner lock FOLDER -- COMMAND ...
+    python -m msunet_core.study.runner run NOTEBOOK OUTPUT [-p NAME VALUE]
+    python -m msunet_core.study.runner refresh NOTEBOOK ...
 
-`make reproduce` is the usual caller: Make knows what is out of date, this module knows how to make it.
+`make reproduce` calls it by way of :mod:`msunet_core.study.make`, which knows what is out of date.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import hashlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -25,11 +22,9 @@ import nbformat
 import papermill
 from jupyter_client import AsyncKernelManager
 
-from ..errors import StudyError, closest
-from ..files import ROOT, atomic_write, lock_folder, write_fault
-from .profile import load_profile
+from ..errors import StudyError, closest, one_line
+from ..files import ROOT, atomic_write, write_fault
 from .provenance import peak_memory_of, record
-from .ship import ship
 
 WHOLE_NUMBERS = ("SEED", "LIMIT")
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
@@ -46,18 +41,11 @@ def run_notebook(
     notebook: Path,
     output: Path,
     parameters: Mapping[str, str],
-    *,
-    stage: Path | None = None,
-    inputs: Sequence[Path] = (),
 ) -> None:
     """Execute `notebook` with `parameters` into `output`, which appears whole or not at all.
 
-    stage : folder of the training state that the notebook resumes from. It is kept only where an
-        earlier run of this very work was cut off: `output` is missing and `inputs` are the same.
-    inputs : what the stage depends on (code, profile, earlier notebooks), compared by content.
-
-    The modification time of `output` is the time the run began, so that Make sees an edit made
-    while it ran. provenance.json beside `output` gets this notebook's entry.
+    provenance.json beside `output` gets this notebook's entry. Training that the notebook finds in its run
+    folder is the notebook's own business: a stage resumes what is its past and moves aside what is not.
 
     Raises StudyError naming the cell that failed; Interrupted after SIGINT or SIGTERM.
     """
@@ -67,8 +55,6 @@ def run_notebook(
     began = time.time_ns()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if stage:
-            _prepare_stage(stage, _digest(inputs), resume=not output.exists())
         output.unlink(missing_ok=True)
         failed.unlink(missing_ok=True)
         try:
@@ -77,7 +63,6 @@ def run_notebook(
             partial.replace(failed)
             raise StudyError(f"{error} (see {failed})") from error
         record(output, began, {**_defaults(notebook), **values}, peak_memory)
-        os.utime(partial, ns=(began, began))
         partial.replace(output)
     except OSError as error:
         raise write_fault(error.filename or output, error) from error
@@ -142,16 +127,6 @@ def typed(parameters: Mapping[str, str]) -> dict[str, str | int]:
     return values
 
 
-def check_parameters(parameters: Mapping[str, str]) -> None:
-    """Refuse a misspelt profile, variant or override before anything of an earlier run is touched."""
-    values = typed(parameters)
-    load_profile(
-        values.get("PROFILE", "smoke"),
-        variant=values.get("VARIANT"),
-        overrides=str(values.get("OVERRIDES", "")).split(),
-    )
-
-
 def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> int | None:
     """Run all cells by papermill; StudyError names the cell that failed.
 
@@ -190,8 +165,8 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> i
             stop_if_asked()
         except papermill.PapermillExecutionError as error:
             stop_if_asked()
-            reason = (error.evalue.strip() or "no message").splitlines()[0]
-            raise StudyError(f"{name}: cell {error.exec_count} failed: {error.ename}: {reason}") from error
+            said = (error.evalue.strip() or "no message").splitlines()[0]
+            raise StudyError(f"{name}: cell {error.exec_count} failed: {error.ename}: {said}") from error
         except RuntimeError as error:  # nbclient's word for a kernel that is gone
             stop_if_asked()
             raise StudyError(
@@ -249,24 +224,7 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-# -- what a stage resumes from -----------------------------------------------------------------
-
-
-def _prepare_stage(stage: Path, digest: str, *, resume: bool) -> None:
-    mark = stage / ".inputs"
-    if not (resume and mark.is_file() and mark.read_text() == digest):
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        atomic_write(mark, digest)
-
-
-def _digest(inputs: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in inputs:
-        digest.update(f"{path}\0".encode())
-        # A folder of images stands for itself by its time; reading them all would take minutes.
-        digest.update(path.read_bytes() if path.is_file() else str(path.stat().st_mtime_ns).encode())
-    return digest.hexdigest()
+# -- what is committed -------------------------------------------------------------------------
 
 
 def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -300,50 +258,28 @@ def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 refused or failed (one line on stderr), 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m msunet_core.runner", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="action", required=True)
-    given = argparse.ArgumentParser(add_help=False)
-    given.add_argument(
-        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    parser = argparse.ArgumentParser(
+        prog="python -m msunet_core.study.runner", description=__doc__.splitlines()[0]
     )
-    run = commands.add_parser("run", parents=[given], help="execute one notebook")
+    commands = parser.add_subparsers(dest="action", required=True)
+    run = commands.add_parser("run", help="execute one notebook")
     run.add_argument("notebook", type=Path)
     run.add_argument("output", type=Path)
-    run.add_argument("--stage", type=Path, help="folder of the state that the notebook resumes from")
-    run.add_argument("--inputs", type=Path, nargs="*", default=(), help="what the stage depends on")
-    commands.add_parser("check", parents=[given], help="refuse parameters that no profile has")
+    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     refresh = commands.add_parser("refresh", help="execute notebooks in place, for committing")
     refresh.add_argument("notebooks", type=Path, nargs="+")
-    shipping = commands.add_parser("ship", help="copy histories, curves and provenance of a run")
-    shipping.add_argument("run", type=Path)
-    shipping.add_argument("folder", type=Path)
-    lock = commands.add_parser("lock", help="run a command that nobody else may run on this folder")
-    lock.add_argument("folder", type=Path)
-    lock.add_argument("command", nargs="+")
     asked = parser.parse_args(arguments)
     try:
         if asked.action == "run":
-            run_notebook(
-                asked.notebook, asked.output, dict(asked.parameters), stage=asked.stage, inputs=asked.inputs
-            )
-        elif asked.action == "check":
-            check_parameters(dict(asked.parameters))
-        elif asked.action == "refresh":
+            run_notebook(asked.notebook, asked.output, dict(asked.parameters))
+        else:
             for notebook in asked.notebooks:
                 refresh_notebook(notebook)
-        elif asked.action == "ship":
-            ship(asked.run, asked.folder)
-        else:
-            with lock_folder(asked.folder, os.environ.get("MSUNET_COMMAND")) as descriptor:
-                # The command takes this process over and its children inherit the descriptor, so
-                # the lock lasts until the last of them has ended, even if one is killed.
-                os.set_inheritable(descriptor, True)
-                os.execvp(asked.command[0], asked.command)
     except Interrupted as error:
-        print(f"{error}; run the same command again to go on", file=sys.stderr)
+        print(f"{one_line(error)}; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     except (StudyError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 1
     return 0
 

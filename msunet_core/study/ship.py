@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import StudyError
-from ..files import atomic_path, atomic_write
+from ..files import atomic_path, atomic_write, read_text
 
 # -- what is committed -------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ def ship(run: Path, folder: Path) -> None:
     missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
-    provenance = json.loads((run / "provenance.json").read_text())
+    provenance = json.loads(read_text(run / "provenance.json"))
     data = provenance["parameters"].get("DATA")
     if data:
         provenance["parameters"]["DATA"] = Path(data).name

@@ -124,6 +124,11 @@ class Learner:
         """Begin with this momentum of SGD, by parameter name; what is not named, or frozen now, with none."""
         for name, parameter in self.masters.parameters.items():
             if name in momentum:
+                if momentum[name].shape != parameter.shape:
+                    raise StudyError(
+                        f"the momentum of {name} has shape {tuple(momentum[name].shape)}, "
+                        f"not {tuple(parameter.shape)}; give that of this network's training"
+                    )
                 self.sgd.state[parameter]["momentum_buffer"].copy_(momentum[name])
 
     def begin_epoch(self, epoch: int, *, resumed: bool = False) -> None:

@@ -7,12 +7,14 @@ import csv
 import datetime
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..files import atomic_write, write_fault
+from ..errors import one_line
+from ..files import append_line, atomic_write
 from .events import Events
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
@@ -36,11 +38,13 @@ class Records:
         if not self.writes:
             return
         now = datetime.datetime.now().isoformat(" ", "seconds")
-        try:
-            with (self.folder / "log.txt").open("a") as log:
-                log.write(f"{now} {self.stage}: {line}\n")
-        except OSError as error:
-            raise write_fault(self.folder / "log.txt", error) from error
+        append_line(self.folder / "log.txt", f"{now} {self.stage}: {line}")
+
+    def say(self, line: str) -> None:
+        """Log a line, and show it to whoever is there."""
+        if self.writes:
+            self.log(line)
+            print(f"{self.stage}: {one_line(line)}", file=sys.stderr)
 
     def write(self, history: list[dict], layers: list[dict], metrics: dict[str, float] | None) -> None:
         """Write the tables, each whole or not at all; ``metrics`` only once a stage has ended."""

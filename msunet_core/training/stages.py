@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data.augment import augment, draw_epoch_plan
 from ..data.images import ImageData
-from ..errors import StudyError
+from ..errors import StudyError, reason, shown
 from ..files import lock_folder
 from ..measure.evaluation import BATCH_SIZE, accuracy, class_scores
 from ..model.checkpoint import save_checkpoint
@@ -33,13 +33,19 @@ from .interrupt import StopSignals
 from .learner import MIN_LOSS_SCALE, Learner, deterministic, first_bad_layer, first_bad_tensor
 from .recipe import StageConfig
 from .records import Progress, Records, shown_progress
-from .resume import identity_of, saved_state
+from .resume import arithmetic_of, check_saved, identity_of, other_arithmetic, saved_state
 from .schedules import alpha_of_epoch, learning_rate
 
 CHECKPOINT = "checkpoint.safetensors"
 # Devices whose losses are read at each step. On others the host would wait for the device: there the losses
 # of an epoch are read at its end.
 LIVE_LOSS = ("cpu",)
+# Of the history, and for each group of pruned tensors.
+COLUMNS = (
+    *("epoch", "lr", "alpha", "train_loss", "zeros_ternary", "loss_scale"),
+    *("test_top1", "test_top5", "test_loss"),
+)
+SPARSITIES = ("target", "sparsity")
 
 
 @dataclass
@@ -76,6 +82,8 @@ def train(
     progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
     momentum : of SGD, by parameter name, to begin with instead of 0: that of the stage before, as
         :func:`msunet_core.model.checkpoint.read_momentum` gives it (specification §6)
+    aside : where the folder holds another run, rename it to ``<folder>.1``, ``.2``, ... and begin anew, with
+        a line that says so, instead of refusing (default False)
 
     Started by ``torchrun``, its processes share each batch (:mod:`msunet_core.training.distributed`); the
     first one alone writes and shows progress, and all return the same network, history and metrics.
@@ -102,11 +110,12 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # "meta" is a device too, but nothing can be read from it
         return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"device {device!r} cannot be used ({reason}); give auto, cpu or cuda") from error
+    except Exception as error:  # each kind of device has its own
+        raise StudyError(
+            f"device {shown(device)} cannot be used ({reason(error)}); give auto, cpu or cuda"
+        ) from error
 
 
 def _run_stage(
@@ -120,6 +129,7 @@ def _run_stage(
     device: str = "auto",
     progress: bool | Progress = True,
     momentum: dict[str, Tensor] | None = None,
+    aside: bool = False,
 ) -> StageResult:
     with joined(device) as processes:
         device = resolve_device(processes.device_name(device))
@@ -131,7 +141,7 @@ def _run_stage(
             if config.opt_level == "O0":
                 held.enter_context(without_tf32())
             run = _Stage(stage, model, data, config, folder, seed, device, momentum, processes)
-            run.resume()
+            run.resume(aside)
             run.run(held.enter_context(shown_progress(progress if processes.writes else False)))
             return run.result()
 
@@ -149,6 +159,7 @@ class _Stage:
         self.processes: Processes = processes
         self.path = folder / CHECKPOINT
         self.records = Records(folder, stage, processes.writes)
+        self.arithmetic = arithmetic_of(device)
         self.identity = identity_of(stage, seed, config, data, model, momentum, processes)
         self.shell = copy.deepcopy(model).cpu()  # FP32, for the result
         self.images = data.train_images.to(device)
@@ -176,12 +187,15 @@ class _Stage:
 
     # -- what is kept ------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        found = saved_state(self.path, self.identity, self.config.epochs, self.processes)
+    def resume(self, aside: bool) -> None:
+        epochs = self.config.epochs
+        found = saved_state(self.path, self.identity, epochs, self.processes, self.records, aside)
         if found is None:
             self.records.log(f"start: {json.dumps(self.identity)}")
             return
         tensors, info = found
+        own = self.learner.state()
+        check_saved(self.folder, tensors, info, own, self.steps, self._columns(), self.layers)
         self.learner.load(tensors, info["learner"])
         self.epoch, self.step, self.history = info["epoch"], info["step"], info["history"]
         self.layers = info["layers"]
@@ -192,6 +206,8 @@ class _Stage:
         if self.epoch < self.config.epochs:
             with_others = f" with {self.processes.world} processes" if self.processes.world > 1 else ""
             self.records.log(f"resume at epoch {self.epoch}, step {self.step}{with_others}")
+            if line := other_arithmetic(info.get("arithmetic"), self.arithmetic):
+                self.records.say(line)
 
     def save(self) -> None:
         self._read_losses()
@@ -203,6 +219,7 @@ class _Stage:
             )
         info = {
             "identity": self.identity,
+            "arithmetic": self.arithmetic,
             "network": self.learner.model.config,
             "stage": self.stage,
             "opt_level": self.config.opt_level,
@@ -308,6 +325,12 @@ class _Stage:
         self.epoch, self.step, self.read = self.epoch + 1, 0, 0
         return row
 
+    def _columns(self) -> set[str]:
+        """Names of the history's columns."""
+        groups = [f"{kind}_{group}" for group in self.learner.pruner.group_sparsity() for kind in SPARSITIES]
+        sizes = ["image_size"] if self.config.image_sizes else []
+        return {*COLUMNS, *groups, *sizes}
+
     def _layer_rows(self, epochs: int) -> list[dict]:
         """How the ternary layers are after so many epochs."""
         return [{"epochs": epochs, **row} for row in layer_statistics(self.learner.model)]
@@ -323,7 +346,15 @@ class _Stage:
             if own < len(batches):
                 scores[batches[own]] = class_scores(self.learner.model, self.test_images[batches[own]])
         # Zero plus the scores that one process computed is exactly those.
-        return accuracy(self.processes.total(scores), self.test_labels)
+        scores = self.processes.total(scores)
+        if not scores.isfinite().all():
+            message = (
+                f"{self.stage} stopped: class scores are not finite after epoch {self.epoch}; "
+                f"lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
+            )
+            self.records.log(message)
+            raise StudyError(message)
+        return accuracy(scores, self.test_labels)
 
     def _refuse_loss(self, step: int) -> None:
         plan = self.plan.step(step)

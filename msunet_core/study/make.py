@@ -1,0 +1,318 @@
+"""What `make` asks for: its variables read, the bad ones refused, and what is out of date run.
+
+    STUDY_PROFILE=smoke python -m msunet_core.study.make reproduce
+
+Each variable comes as STUDY_<name> in the environment, as it was typed; no shell and no rule of make's sees
+it. A notebook is out of date when what it depends on says something else than when it was made: its cells,
+the code, the profile, the parameters, the data, an earlier notebook. A time or a comment changes nothing.
+Stages look after themselves: a notebook that is run again finds its finished training and goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+
+from ..data.sources import SOURCES, load_data
+from ..errors import StudyError, one_line, reason
+from ..files import ROOT, atomic_write, lock_folder, read_text
+from ..measure.unpack import SHIPPED
+from ..training.code import PACKAGE, code_digest
+from ..training.stages import resolve_device
+from .profile import PROFILES, load_profile
+from .run import check_run_name
+from .runner import INTERRUPTED, Interrupted, run_notebook, typed
+from .ship import ship
+
+# Each notebook, with the earlier ones whose results it looks at.
+NOTEBOOKS = {
+    "01_data_and_cutmix": (),
+    "02_ternary_training": (),
+    "03_fp16_pruning": ("02_ternary_training",),
+    "04_o3_validation": ("03_fp16_pruning",),
+    "05_scoring_walkthrough": ("03_fp16_pruning",),
+    "06_ablations": (),
+    "07_packed_network": ("03_fp16_pruning",),
+}
+# On the real CIFAR-100 these also look at the shipped network.
+LOOK_AT_SHIPPED = ("04_o3_validation", "05_scoring_walkthrough", "07_packed_network")
+TARGETS = {
+    "reproduce": tuple(NOTEBOOKS),
+    "train": ("02_ternary_training",),
+    "prune": ("02_ternary_training", "03_fp16_pruning"),
+}
+# What builds the site, and what the site shows besides a run: files of the checkout.
+SITE = tuple(f"study/{name}.py" for name in ("claims", "pages", "report", "shipped_page", "web"))
+EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*", "runs/ablations/*.csv", "runs/record/*.csv")
+INDEX = Path("site", "index.html")
+# No notebook uses these: they run notebooks, or show what they left.
+NOT_USED = {"__main__.py", "study/make.py", "study/runner.py", *SITE}
+MADE = ".made.json"
+
+
+class Request:
+    """What was asked for: the variables given, and the run folder they mean."""
+
+    def __init__(self, given: Mapping[str, str], goals: str):
+        self.given = {name: value for name, value in given.items() if value}
+        self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
+        check_run_name(self.run)
+        if self.run == SHIPPED.parent.name:
+            raise StudyError(f"RUN={self.run!r} is the folder of the shipped network; choose another name")
+        self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
+        typed_values = [shlex.quote(f"{name}={value}") for name, value in self.given.items()]
+        self.command = " ".join(["make", goals, *typed_values])
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The notebooks' parameters as texts."""
+        names = ("PROFILE", "DATA", "DEVICE", "SEED", "LIMIT", "VARIANT")
+        found = {name: self.given[name] for name in names if name in self.given}
+        if "SET" in self.given:
+            found["OVERRIDES"] = self.given["SET"]
+        return {"PROFILE": "smoke", "RUN": self.run} | found
+
+    def check(self) -> None:
+        """Refuse what no notebook could use, before anything of an earlier run is touched."""
+        values = typed(self.parameters)
+        profile = load_profile(
+            values["PROFILE"],
+            variant=values.get("VARIANT"),
+            data=values.get("DATA"),
+            limit=values.get("LIMIT"),
+            seed=values.get("SEED"),
+            device=values.get("DEVICE"),
+            overrides=values.get("OVERRIDES", ""),
+        )
+        resolve_device(profile.device)
+        if profile.data.source not in SOURCES:
+            load_data(profile.data.source, limit=profile.data.limit)
+
+
+# -- what is out of date -----------------------------------------------------------------------
+
+
+def inputs_of(name: str, made: Mapping[str, object], common: Mapping[str, str]) -> dict[str, str]:
+    """Digests by name of all that a notebook depends on; an earlier notebook counts by its own ones."""
+    found = {f"notebooks/{name}.ipynb": notebook_digest(ROOT / "notebooks" / f"{name}.ipynb"), **common}
+    if name in LOOK_AT_SHIPPED:
+        found["the shipped network"] = file_digest(SHIPPED)
+    for earlier in NOTEBOOKS[name]:
+        found[earlier] = _digest(json.dumps(made.get(earlier)).encode())
+    return found
+
+
+def common_inputs(request: Request) -> dict[str, str]:
+    """Digests of what every notebook depends on: code, profile, parameters, data."""
+    values = typed(request.parameters)
+    profile = str(values["PROFILE"])
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
+    found = {
+        "the parameters": _digest(json.dumps(values, sort_keys=True).encode()),
+        "the profile": file_digest(path),
+    }
+    data = str(values.get("DATA", ""))
+    if data and data not in SOURCES:
+        found["the data"] = data_digest(data)
+    for path in sorted(PACKAGE.rglob("*")):
+        inside = path.relative_to(PACKAGE).as_posix()
+        is_grid = path.suffix == ".yaml" and path.parent != PROFILES  # the ablations'
+        if (path.suffix in (".py", ".cpp", ".h") or is_grid) and inside not in NOT_USED:
+            found[f"msunet_core/{inside}"] = code_digest(path)
+    return found
+
+
+def site_inputs() -> dict[str, str]:
+    """Digests of what the site is made from, but for the run's own notebooks."""
+    found = {f"msunet_core/{name}": code_digest(PACKAGE / name) for name in SITE}
+    files = [ROOT / "CITATION.cff", *(path for pattern in EVIDENCE for path in ROOT.glob(pattern))]
+    return found | {str(path.relative_to(ROOT)): file_digest(path) for path in sorted(files)}
+
+
+def notebook_digest(path: Path) -> str:
+    """Digest of a notebook's cells; outputs and what Jupyter writes on opening are left out."""
+    try:
+        cells = nbformat.reads(read_text(path), 4).cells
+    except Exception as error:  # nbformat raises its own and others' kinds
+        raise StudyError(f"{path} is not a notebook ({reason(error)}); restore it") from error
+    kept = [[cell.cell_type, cell.source, sorted(map(str, cell.metadata.get("tags", ())))] for cell in cells]
+    return _digest(json.dumps(kept).encode())
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes; "" where there is no regular file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def data_digest(data: str) -> str:
+    """Digest of an .npz; of a folder of images the names, sizes and times, since reading takes minutes."""
+    path = Path(data).expanduser()
+    if not path.is_dir():
+        return file_digest(path)
+    digest = hashlib.blake2b(digest_size=8)
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders.sort()
+        for name in sorted(files):
+            status = os.stat(os.path.join(folder, name))
+            if stat.S_ISREG(status.st_mode):
+                digest.update(os.fsencode(f"{folder}/{name}\0{status.st_size} {status.st_mtime_ns}\0"))
+    return digest.hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def changed(made: object, inputs: Mapping[str, str]) -> str | None:
+    """What of its inputs is other than when a notebook was made; None if nothing is."""
+    if not isinstance(made, dict):
+        return "it was not made yet"
+    name = next((name for name in {**inputs, **made} if made.get(name) != inputs.get(name)), None)
+    return name and f"{name} changed"
+
+
+# -- making it ---------------------------------------------------------------------------------
+
+
+def reproduce(request: Request, target: str, *, dry: bool = False) -> int:
+    """Run the notebooks of a target that are out of date, and their pages; returns how many are or were.
+
+    dry : only say which
+    """
+    made = _read_made(request.folder)
+    common, count, checked = common_inputs(request), 0, False
+    for name in TARGETS[target]:
+        output = request.folder / f"{name}.ipynb"
+        inputs = inputs_of(name, made, common)
+        why = changed(made.get(name), inputs) if output.is_file() else "it was not made yet"
+        if why is None:
+            continue
+        count += 1
+        if dry:
+            print(f"{name}: {why}")
+            for later in (later for later, needs in NOTEBOOKS.items() if name in needs):
+                made[later] = {name: "about to be made anew"}
+            continue
+        if not checked:
+            request.check()
+            checked = True
+        print(f"{name}: {why}", file=sys.stderr)
+        run_notebook(ROOT / "notebooks" / f"{name}.ipynb", output, request.parameters)
+        made[name] = inputs
+        _write_made(request.folder, made)
+    if target == "reproduce":
+        pages = site_inputs()
+        if count or not (request.folder / INDEX).is_file() or changed(made.get("pages"), pages):
+            count += 1
+            if dry:
+                print("the pages")
+                return count
+            render(request)
+            made["pages"] = pages
+            _write_made(request.folder, made)
+    return count
+
+
+def render(request: Request) -> None:
+    """The pages, in a process of their own: what makes them is large, and no notebook needs it."""
+    command = [sys.executable, "-m", "msunet_core.study.report", str(request.folder)]
+    if status := subprocess.run(command, check=False).returncode:
+        raise SystemExit(status)
+
+
+def _read_made(folder: Path) -> dict:
+    path = folder / MADE
+    try:
+        made = json.loads(read_text(path)) if path.is_file() else {}
+    except (ValueError, RecursionError):  # of no use: everything is made anew, stages go on
+        made = {}
+    return made if isinstance(made, dict) else {}
+
+
+def _write_made(folder: Path, made: dict) -> None:
+    atomic_write(folder / MADE, json.dumps(made, indent=1) + "\n")
+
+
+# -- what the command line does ----------------------------------------------------------------
+
+
+def command_line(target: str, request: Request) -> list[str]:
+    """Arguments of `python -m msunet_core` for score, validate, pack, pretrained and ablations."""
+    given = request.given
+    needed = {"validate": ("DATA",), "pack": ("CHECKPOINT", "OUT"), "pretrained": ("DATA",)}
+    examples = {"DATA": "cifar100 or the path of an .npz", "CHECKPOINT": "runs/smoke/prune"}
+    for name in needed.get(target, ()):
+        if name not in given:
+            raise StudyError(f"give {name}=..., for example {name}={examples.get(name, 'smoke.safetensors')}")
+    if target == "pretrained":
+        return ["pack", str(request.folder / "prune"), str(SHIPPED), f"--data={given['DATA']}"]
+    if target == "ablations":
+        names = ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE")
+        changes = ["--set", *given["SET"].split()] if "SET" in given else []
+        return [target, *(f"--{name.lower()}={given[name]}" for name in names if name in given), *changes]
+    options = {"VARIANT": "variant", "OPT_LEVEL": "opt-level"}
+    if target == "pack":
+        options = {"VARIANT": "variant", "DATA": "data"}
+    if target == "validate" or (target == "pack" and "DATA" in given):
+        options |= {"DATA": "data", "LIMIT": "limit", "DEVICE": "device"}
+    arguments = [f"--{option}={given[name]}" for name, option in options.items() if name in given]
+    files = [given[name] for name in ("CHECKPOINT", "OUT")[: 1 + (target == "pack")] if name in given]
+    return [target, *(f"./{file}" if file.startswith("-") else file for file in files), *arguments]
+
+
+def run(target: str, request: Request) -> int:
+    os.environ["MSUNET_COMMAND"] = request.command  # for provenance.json
+    if target in TARGETS:
+        flags = f"-{os.environ.get('MAKEFLAGS', '')}".split()[0]
+        if not flags.startswith("--") and re.search("[nq]", flags):
+            stale = reproduce(request, target, dry=True)
+            return int("q" in flags and stale > 0)
+        with lock_folder(request.folder, request.command):
+            reproduce(request, target)
+        return 0
+    if target == "report":
+        render(request)
+        return 0
+    if target == "pretrained":
+        command_line(target, request)  # what it needs is there
+        ship(request.folder, SHIPPED.parent)
+    return subprocess.run(
+        [sys.executable, "-m", "msunet_core", *command_line(target, request)], check=False
+    ).returncode
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 1 refused or failed (one line on stderr), 130 interrupted."""
+    given = {
+        name.removeprefix("STUDY_"): value for name, value in os.environ.items() if name.startswith("STUDY_")
+    }
+    goals = given.pop("GOALS", "") or " ".join(arguments)
+    for name in ("GIVEN", "KNOWN", "PYTHON", "BENCH"):
+        given.pop(name, None)
+    try:
+        return run(arguments[0], Request(given, goals))
+    except Interrupted as error:
+        print(f"{one_line(error)}; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+    except (StudyError, OSError) as error:
+        print(one_line(error), file=sys.stderr)
+        return 1
+    return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

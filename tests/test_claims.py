@@ -1,0 +1,129 @@
+"""The table of claims says what the evidence says, and nothing where there is none."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from msunet_core.errors import StudyError
+from msunet_core.study.claims import (
+    NOT_REPRODUCED,
+    NOT_TESTABLE,
+    RECORD_LOSS,
+    REPRODUCED,
+    ablation_claims,
+    claims,
+    load_shipped,
+    record_claim,
+    wilson,
+)
+
+
+def ablations(folder, *rows):
+    """Claims by published words, of an evidence table with these rows."""
+    folder.mkdir(exist_ok=True)
+    columns = ["choice", "value", "n", "mean", "difference", "low", "high"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "evidence.csv", index=False)
+    for name in ("seeds", "curves"):
+        pd.DataFrame({"choice": [], "value": []}).to_csv(folder / f"evidence_{name}.csv", index=False)
+    budget = {"width": 0.25, "training_images": 10000, "epochs": 12}
+    (folder / "evidence_provenance.json").write_text(json.dumps({"budget": budget}))
+    return [(claim.verdict, claim) for claim in ablation_claims(folder)]
+
+
+def factor(choice, first, value, difference=None, low=None, high=None):
+    """The first level of a factor, and another one beside it."""
+    return [(choice, first, 6, 40.0, None, None, None), (choice, value, 6, 40.0, difference, low, high)]
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    # 5 of 10: 23.66 % to 76.34 %, as tabulated.
+    assert wilson(0.5, 10) == pytest.approx((23.66, 76.34), abs=0.01)
+    low, high = wilson(1.0, 10_000)
+    assert 99.9 < low < 100 and high == pytest.approx(100)
+
+
+def test_a_difference_that_the_interval_resolves_decides(tmp_path):
+    found = ablations(
+        tmp_path,
+        *factor("weights", "ternary", "binary", -2.0, -2.5, -1.5),
+        *factor("consistency", "off", "as released", -1.0, -1.5, -0.5),
+        *factor("opt level", "O0", "O3", -0.1, -0.2, 0.1),
+        *factor("pruner", "none", "V1", -0.5, -1.6, 0.2),
+    )
+    assert [verdict for verdict, _ in found] == [REPRODUCED, NOT_REPRODUCED, REPRODUCED, NOT_TESTABLE]
+    first = found[0][1]
+    assert first.result == "-2.00 points (-2.50 to -1.50)" and first.n == "6 pairs of seeds"
+    assert "binary against ternary: networks of width 0.25, 10,000 images, 12 epochs" in first.ran
+    assert "do not resolve" in found[3][1].reason
+
+
+def test_a_row_that_failed_or_is_not_there_decides_nothing(tmp_path):
+    found = ablations(
+        tmp_path, *factor("weights", "ternary", "binary"), *factor("pruner", "none", "V2", 1, 1, 1)
+    )
+    assert {verdict for verdict, _ in found} == {NOT_TESTABLE}
+
+
+def test_without_evidence_nothing_is_claimed_whatever_trials_lie_about(tmp_path):
+    (tmp_path / "smoke.csv").write_text(
+        "choice,value,n,mean,difference,low,high\nweights,binary,6,1,-1,-2,-1\n"
+    )
+    found = list(ablation_claims(tmp_path))
+    assert {claim.verdict for claim in found} == {NOT_TESTABLE}
+    assert {claim.result for claim in found} == {""} and all(claim.reason for claim in found)
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(0.03, REPRODUCED), (-0.03, REPRODUCED), (0.2, NOT_REPRODUCED)])
+def test_the_record_is_met_where_every_epoch_is_close(tmp_path, off, verdict):
+    path = tmp_path / "history.csv"
+    losses = [RECORD_LOSS[0], RECORD_LOSS[1] + off, RECORD_LOSS[2]]
+    pd.DataFrame({"epoch": [0, 1, 2], "train_loss": losses}).to_csv(path, index=False)
+    claim = record_claim(path)
+    assert claim.verdict == verdict and claim.n == "3 epochs"
+    assert f"{abs(off):.3f} (epoch 1)" in claim.result
+
+
+def test_a_history_that_is_none_is_refused(tmp_path):
+    (tmp_path / "history.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(StudyError, match="is no history"):
+        record_claim(tmp_path / "history.csv")
+
+
+@pytest.mark.slow
+def test_every_published_claim_has_a_row_and_the_shipped_network_is_what_it_is():
+    shipped = load_shipped()
+    rows = claims(shipped=shipped)
+    published = " | ".join(row.published for row in rows)
+    for words in (
+        "80.13 %",
+        "0.09853 M",
+        "85.27 M",
+        "0.01083",
+        "Ternary",
+        "consistency",
+        "O3, costs",
+        "36.5 M",
+        "10.49 G",
+    ):
+        assert words in published, words
+    by = {row.published: row for row in rows}
+    for reproduced in (
+        "0.09853 M parameters",
+        "target sparsity after 100 epochs",
+        "WideResNet-28-10: 36.5 M parameters",
+    ):
+        assert by[reproduced].verdict == REPRODUCED, by[reproduced]
+    top1, low, high = shipped.top1
+    accuracy = by["80.13 % top-1 at O3"]
+    assert f"{top1:.2f} %" in accuracy.result and low < top1 < high
+    assert (accuracy.verdict == REPRODUCED) == (high >= 80.13)
+
+
+@pytest.mark.slow
+def test_a_checkout_without_evidence_says_what_it_can_count_and_no_more(tmp_path):
+    verdicts = {row.published: row.verdict for row in claims(tmp_path)}
+    assert verdicts["0.09853 M parameters"] == REPRODUCED
+    assert verdicts["80.13 % top-1 at O3"] == verdicts["score 0.01083"] == NOT_TESTABLE

@@ -1,0 +1,187 @@
+"""The packed network as it lies answers as the plain one does, with NumPy alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from msunet_core import PackedNetwork, StudyError, build_msunet, unpack
+from msunet_core.data.images import normalise
+from msunet_core.measure import packed_network
+from msunet_core.measure.pack import pack
+from msunet_core.measure.packed_format import norm_parts
+from msunet_core.measure.unpack import shipped
+from msunet_core.model.architecture import stored_layers
+from msunet_core.model.pruning import smallest_mask
+
+ROOT = Path(__file__).parent.parent
+needs_kernels = pytest.mark.skipif(
+    packed_network.library() is None or os.environ.get("MSUNET_FAST") == "0",
+    reason="no C++ compiler or no x86-64 with AVX2",
+)
+# Of the largest score: FP32 sums of up to a thousand terms in another order, some 40 layers in a row.
+FP32 = 2e-5
+
+
+def some_images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+@torch.no_grad()
+def lived_in(model: nn.Module) -> nn.Module:
+    """Batch norms and biases as training leaves them."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.uniform_(0.3, 1.5)
+            layer.momentum = 1.0
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.normal_(0, 0.3)
+    model.train()(torch.randn(4, 3, 32, 32))
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_scores(path: Path, images: np.ndarray) -> np.ndarray:
+    """What the unpacked network computes at O0, in FP64."""
+    return unpack(path, "O0").double()(normalise(torch.from_numpy(images)).double()).numpy()
+
+
+def deviation(found: np.ndarray, exact: np.ndarray) -> float:
+    assert found.dtype == np.float32 and found.shape == exact.shape
+    return np.abs(found - exact).max() / np.abs(exact).max()
+
+
+@needs_kernels
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "kept norms"])
+@pytest.mark.parametrize(
+    ("variant", "weights", "width", "alpha", "sparsity"),
+    [
+        ("v3", "ternary", 0.25, 0.67749, 0.5),
+        ("v1", "ternary", 0.25, 0.0, 0.0),
+        ("v2", "ternary", 0.125, 1.5, 0.9),
+        ("v3", "ternary", 0.3, 0.3, 0.7),  # channels that fill no vector, outputs that are no multiple of 3
+        ("v3", "binary", 0.125, 0.67749, 0.4),
+        ("v1", "float", 0.0625, 0.67749, 0.5),
+    ],
+)
+def test_scores_are_those_of_the_plain_network(variant, weights, width, alpha, sparsity, merge, tmp_path):
+    model = build_msunet(variant, weights=weights, width=width, alpha=alpha, num_classes=37)
+    with torch.no_grad():
+        for layer in model.modules():
+            if type(layer) is nn.Conv2d:
+                layer.weight.masked_fill_(~smallest_mask(layer.weight, sparsity), 0.0)
+    path = pack(lived_in(model), tmp_path / "net.safetensors", merge=merge)
+    images = some_images(3)
+    assert deviation(PackedNetwork(path, threads=1)(images), plain_scores(path, images)) < FP32
+
+
+@needs_kernels
+def test_the_shipped_network_takes_less_than_a_megabyte_and_answers_as_it_did():
+    network, images = PackedNetwork(shipped()), some_images(2)
+    assert 0 < network.bytes < 2**20
+    assert deviation(network(images), plain_scores(shipped(), images)) < FP32
+
+
+@needs_kernels
+def test_threads_and_other_images_change_no_bit(new_network, tmp_path):
+    path = pack(lived_in(new_network(width=0.125)), tmp_path / "net.safetensors")
+    images = some_images(7)
+    alone = np.concatenate([PackedNetwork(path, threads=1)(images[i : i + 1]) for i in range(7)])
+    for threads in (1, 2, 3, 8):  # 7 images: some go to threads one by one, the last ones are shared
+        network = PackedNetwork(path, threads)
+        assert np.array_equal(network(images), alone), threads
+        assert np.array_equal(network(images[:1]), alone[:1]), threads
+        assert np.array_equal(network(images[::2]), alone[::2]), threads  # not contiguous
+    assert network(images[:0]).shape == (0, 4)
+
+
+@needs_kernels
+def test_calls_from_several_threads_and_after_a_fork_are_served(new_network, tmp_path):
+    network = PackedNetwork(pack(lived_in(new_network()), tmp_path / "net.safetensors"), threads=2)
+    images = some_images(5)
+    wanted = network(images)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(
+            np.array_equal(scores, wanted) for scores in pool.map(lambda _: network(images), range(12))
+        )
+    child = os.fork()
+    if child == 0:  # its parent's threads are not there
+        os._exit(0 if np.array_equal(network(images), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_kernels
+def test_a_process_that_only_answers_loads_no_pytorch(new_network, tmp_path):
+    path = pack(new_network(), tmp_path / "net.safetensors")
+    code = (
+        "import sys, numpy, msunet_core;"
+        f"scores = msunet_core.PackedNetwork({str(path)!r}, 2)(numpy.zeros((2, 32, 32, 3), numpy.uint8));"
+        "print(scores.shape, [name for name in ('torch', 'pandas', 'onnxruntime') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "(2, 4) []", found.stderr
+
+
+def test_without_a_compiler_the_plain_network_answers(new_network, tmp_path, monkeypatch):
+    path = pack(lived_in(new_network()), tmp_path / "net.safetensors")
+    images = some_images(2)
+    monkeypatch.setattr(packed_network, "library", lambda: None)
+    network = PackedNetwork(path)
+    assert network.bytes == 0
+    assert deviation(network(images), plain_scores(path, images)) < FP32
+
+
+def test_what_is_no_image_is_refused(new_network, tmp_path):
+    path = pack(new_network(), tmp_path / "net.safetensors")
+    network = PackedNetwork(path)
+    for wrong in (
+        np.zeros((2, 32, 32, 3)),
+        np.zeros((32, 32, 3), np.uint8),
+        np.zeros((1, 3, 32, 32), np.uint8),
+    ):
+        with pytest.raises(StudyError, match=r"not uint8 \(B, 32, 32, 3\); give them as they are stored"):
+            network(wrong)
+    with pytest.raises(StudyError, match="threads 0 is not a whole number >= 1"):
+        PackedNetwork(path, threads=0)
+
+
+def test_damaged_files_are_refused_before_anything_is_built(new_network, tmp_path, monkeypatch):
+    path = pack(lived_in(new_network()), tmp_path / "net.safetensors")
+    content, draw = path.read_bytes(), random.Random(0)
+    monkeypatch.setattr(packed_network, "_Built", lambda *_: pytest.fail("built from a damaged file"))
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(draw.randrange(1, 9)):
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged[: draw.choice([None, draw.randrange(len(damaged))])])
+        if path.read_bytes() != content:
+            with pytest.raises(StudyError, match=path.name):
+                PackedNetwork(path)
+
+
+@pytest.mark.parametrize("weights", ["ternary", "binary", "float"])
+@pytest.mark.parametrize("variant", ["v1", "v3"])
+def test_the_family_in_numbers_is_the_family_in_pytorch(variant, weights):
+    arguments = dict(variant=variant, weights=weights, alpha=0.67749, num_classes=10, width=0.3)
+    model = build_msunet(**arguments)
+    told = {f"{layer.name}.weight": layer.shape for layer in stored_layers(**arguments)}
+    told |= {f"{layer.name}.bias": layer.shape[:1] for layer in stored_layers(**arguments) if layer.has_bias}
+    for layer in stored_layers(**arguments):
+        if layer.is_norm:
+            told |= {f"{layer.name}.{part}": layer.shape for part in norm_parts(False, "")}
+    stored = {
+        n: tuple(t.shape) for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")
+    }
+    assert told == stored
+    names = [n.removesuffix(".weight") for n in stored if n.endswith(".weight")]
+    assert [layer.name for layer in stored_layers(**arguments)] == names
