@@ -94,9 +94,9 @@ def test_the_levels_of_a_factor_differ_and_one_is_compared_with(name):
 
 
 def test_adding_a_row_is_editing_the_file(tmp_path):
-    edited = GRID.read_text().replace(
-        '    "1.0": {ablation.alpha: 1.0}', '    "1.0": {ablation.alpha: 1.0}\n    "2": {ablation.alpha: 2}'
-    )
+    line = '    "1.0": {ablation.alpha: 1.0}\n'
+    assert line in GRID.read_text()
+    edited = GRID.read_text().replace(line, line + '    "2": {ablation.alpha: 2}\n')
     (tmp_path / "grid.yaml").write_text(edited)
     before, after = (load_grid(load_profile("smoke"), path) for path in (GRID, tmp_path / "grid.yaml"))
     (added,) = set(row.label for row in after.rows) - set(row.label for row in before.rows)
