@@ -27,7 +27,7 @@ from msunet_core.study.grid import GRID, load_grid
 from msunet_core.study.profile import load_profile, profile_names
 from msunet_core.training.stages import CHECKPOINT
 
-TINY = ["ablation_width=0.0625", "ablation.image_sizes=[]"]
+TINY = ["ablation_width=0.0625", "ablation_limit=6", "ablation.image_sizes=[]"]
 for stage in ("ablation", "ablation_prune"):
     TINY += [f"{stage}.epochs=1", f"{stage}.batch_size=8"]
 FACTORS = {

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from msunet_core import StudyError, apply_opt_level, build_msunet, evaluate, score
+from msunet_core.fast import accelerated
 from msunet_core.measure import pack as pack_module
 from msunet_core.measure import packed_format
 from msunet_core.measure import unpack as unpack_module
@@ -36,7 +37,8 @@ def lived_in(model: nn.Module) -> nn.Module:
             layer.momentum = 1.0
         if getattr(layer, "bias", None) is not None:
             layer.bias.normal_(0, 0.3)
-    model.train()(torch.randn(4, 3, 32, 32))
+    with accelerated(model):  # as training does
+        model.train()(torch.randn(4, 3, 32, 32))
     return model.eval()
 
 
@@ -67,7 +69,8 @@ def class_scores(model: nn.Module, level: str = "O3") -> torch.Tensor:
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     if getattr(model, "opt_level", "O0") != level:
         model = apply_opt_level(copy.deepcopy(model), level)
-    return model.eval()(images)
+    with accelerated(model):  # as evaluate does
+        return model.eval()(images)
 
 
 @pytest.mark.parametrize(
