@@ -151,7 +151,8 @@ def _render(source: Path, out: Path) -> None:
     from sphinx.application import Sphinx
     from sphinx.errors import SphinxError
 
-    own = {"html_static_path": [str(source / "_static")]}  # ours, and what was made for this site
+    # Ours, and what was made for this site. Sphinx takes a relative path for one beside conf.py.
+    own = {"html_static_path": [str((source / "_static").resolve())]}
     warnings = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
