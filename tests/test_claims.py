@@ -11,7 +11,6 @@ from msunet_core.errors import StudyError
 from msunet_core.study.claims import (
     NOT_REPRODUCED,
     NOT_TESTABLE,
-    RECORD_LOSS,
     REPRODUCED,
     ablation_claims,
     claims,
@@ -19,6 +18,7 @@ from msunet_core.study.claims import (
     record_claim,
     wilson,
 )
+from msunet_core.study.published import FIRST_LOSSES
 
 
 def ablations(folder, *rows):
@@ -79,7 +79,7 @@ def test_without_evidence_nothing_is_claimed_whatever_trials_lie_about(tmp_path)
 @pytest.mark.parametrize(("off", "verdict"), [(0.03, REPRODUCED), (-0.03, REPRODUCED), (0.2, NOT_REPRODUCED)])
 def test_the_record_is_met_where_every_epoch_is_close(tmp_path, off, verdict):
     path = tmp_path / "history.csv"
-    losses = [RECORD_LOSS[0], RECORD_LOSS[1] + off, RECORD_LOSS[2]]
+    losses = [FIRST_LOSSES[0], FIRST_LOSSES[1] + off, FIRST_LOSSES[2]]
     pd.DataFrame({"epoch": [0, 1, 2], "train_loss": losses}).to_csv(path, index=False)
     claim = record_claim(path)
     assert claim.verdict == verdict and claim.n == "3 epochs"

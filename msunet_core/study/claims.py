@@ -34,11 +34,10 @@ from ..model.pruning import GROUPS, RAMP_EPOCHS, cubic_sparsity, prune_to_target
 from .ablations import read_results
 from .findings import CLAIMS as STATEMENTS
 from .profile import load_profile
+from .published import FIRST_LOSSES
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 
-# The start of the published run record of v3's training (specification §1), epochs 0 to 10.
-RECORD_LOSS = (4.632, 4.187, 3.823, 3.492, 3.278, 3.074, 2.862, 2.795, 2.665, 2.572, 2.531)
 # Two runs of one recipe differ by their seeds; trials of this one stayed within 0.03 of the record.
 RECORD_TOLERANCE = 0.04
 # A count that only depends on where random weights put their zeros: one part in 200.
@@ -308,7 +307,7 @@ def _schedule(shipped: Shipped | None) -> Claim:
 
 def record_claim(path: Path) -> Claim:
     """The training loss of the paper recipe's first epochs beside the published run record."""
-    published = f"training loss {RECORD_LOSS[0]}, {RECORD_LOSS[1]}, ... in the first epochs"
+    published = f"training loss {FIRST_LOSSES[0]}, {FIRST_LOSSES[1]}, ... in the first epochs"
     if not path.is_file():
         why = "The first epochs of the paper recipe are not among the evidence yet."
         return Claim(published, "nothing", "", "", NOT_TESTABLE, why, "02_ternary_training")
@@ -317,7 +316,7 @@ def record_claim(path: Path) -> Claim:
         losses = history.sort_values("epoch")["train_loss"].tolist()
     except (ValueError, KeyError, OSError) as error:
         raise StudyError(f"{path} is no history of a stage ({error}); write it again") from error
-    apart = [abs(own - theirs) for own, theirs in zip(losses, RECORD_LOSS, strict=False)]
+    apart = [abs(own - theirs) for own, theirs in zip(losses, FIRST_LOSSES, strict=False)]
     worst = max(apart)
     return Claim(
         published,
