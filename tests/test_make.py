@@ -254,7 +254,7 @@ def test_what_cannot_be_is_refused_before_the_first_notebook_and_leaves_a_run_as
     assert done.make() == []
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "a b", "$(touch x)", "-rf", ".hidden", "a\nb", "pretrained"])
+@pytest.mark.parametrize("name", ["a/b", "..", "a b", "$(touch x)", "-rf", ".hidden", "a\nb", "pretrained", "record"])
 def test_a_run_name_that_is_no_folder_name_is_refused(done, name):
     with pytest.raises(StudyError, match="choose another"):
         done.make(RUN=name)

@@ -67,8 +67,6 @@ class Request:
         self.given = {name: value for name, value in given.items() if value}
         self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
         check_run_name(self.run)
-        if self.run == SHIPPED.parent.name:
-            raise StudyError(f"RUN={self.run!r} is the folder of the shipped network; choose another name")
         self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
         typed_values = [shlex.quote(f"{name}={value}") for name, value in self.given.items()]
         self.command = " ".join(["make", goals, *typed_values])

@@ -30,12 +30,18 @@ def runs_folder() -> Path:
     return Path(os.environ.get("MSUNET_RUNS") or ROOT / "runs").absolute()
 
 
+# Folders below runs/ that hold what the repository has committed.
+COMMITTED = ("ablations", "pretrained", "recipes", "record")
+
+
 def check_run_name(run: str) -> None:
-    """Refuse a RUN that is not the plain name of a folder."""
+    """Refuse a RUN that is not the plain name of a folder, or that of committed results."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run):
         raise StudyError(
             f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
         )
+    if run in COMMITTED:
+        raise StudyError(f"RUN {run!r} is the folder of committed results; choose another name")
 
 
 def new_network(profile: Profile, num_classes: int = 100, **changes) -> nn.Module:
