@@ -214,11 +214,18 @@ def test_an_image_more_in_a_class_folder_reruns_all_whatever_the_class_is_called
     assert not (checkout.folder / "pwned").exists()
 
 
-def test_another_shipped_network_reruns_what_may_look_at_it(checkout):
-    checkout.write("runs/pretrained/msunet_v3.safetensors", "one")
+def test_other_committed_results_rerun_what_may_look_at_them(checkout):
+    for name in ("pretrained/msunet_v3.safetensors", "record/history.csv", "ablations/evidence.csv"):
+        checkout.write(f"runs/{name}", "one")
     assert checkout.make() == ALL
     checkout.write("runs/pretrained/msunet_v3.safetensors", "other")
-    assert checkout.make() == [*LOOK_AT_PRUNED, "pages"]
+    assert checkout.make() == [NOTEBOOKS[0], *LOOK_AT_PRUNED, "pages"]
+    checkout.write("runs/record/history.csv", "other")
+    assert NOTEBOOKS[1] in (ran := checkout.make()) and not {NOTEBOOKS[0], NOTEBOOKS[5]} & set(ran)
+    checkout.write("runs/ablations/evidence.csv", "other")
+    assert checkout.make() == [NOTEBOOKS[5], "pages"]
+    checkout.write("runs/ablations/smoke.csv", "a trial of somebody's own")
+    assert checkout.make() == []
 
 
 def test_a_run_is_named_after_its_profile_and_leaves_the_others_alone(done):
@@ -254,7 +261,7 @@ def test_what_cannot_be_is_refused_before_the_first_notebook_and_leaves_a_run_as
     assert done.make() == []
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "a b", "$(touch x)", "-rf", ".hidden", "a\nb", "pretrained", "record"])
+@pytest.mark.parametrize("name", ["a/b", "..", "a b", "$(touch x)", "-rf", ".hidden", "a\nb", "record"])
 def test_a_run_name_that_is_no_folder_name_is_refused(done, name):
     with pytest.raises(StudyError, match="choose another"):
         done.make(RUN=name)

@@ -44,8 +44,16 @@ NOTEBOOKS = {
     "06_ablations": (),
     "07_packed_network": ("03_fp16_pruning",),
 }
-# On the real CIFAR-100 these also look at the shipped network.
-LOOK_AT_SHIPPED = ("04_o3_validation", "05_scoring_walkthrough", "07_packed_network")
+# What of the committed results each notebook looks at, or does on the real CIFAR-100.
+SHIPPED_FILE = "runs/pretrained/*.safetensors"
+LOOKS_AT = {
+    "01_data_and_cutmix": (SHIPPED_FILE,),
+    "02_ternary_training": ("runs/record/*.csv", "runs/recipes/*.csv"),
+    "04_o3_validation": (SHIPPED_FILE,),
+    "05_scoring_walkthrough": (SHIPPED_FILE,),
+    "06_ablations": ("runs/ablations/evidence*.csv",),
+    "07_packed_network": (SHIPPED_FILE,),
+}
 TARGETS = {
     "reproduce": tuple(NOTEBOOKS),
     "train": ("02_ternary_training",),
@@ -53,7 +61,8 @@ TARGETS = {
 }
 # What builds the site, and what the site shows besides a run: files of the checkout.
 SITE = tuple(f"study/{name}.py" for name in ("claims", "pages", "report", "shipped_page", "web"))
-EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*", "runs/ablations/*.csv", "runs/record/*.csv")
+EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
+EVIDENCE += ("runs/ablations/evidence*.csv", "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
 NOT_USED = {"__main__.py", "study/make.py", "study/runner.py", *SITE} - {"study/claims.py"}
@@ -103,8 +112,8 @@ class Request:
 def inputs_of(name: str, made: Mapping[str, object], common: Mapping[str, str]) -> dict[str, str]:
     """Digests by name of all that a notebook depends on; an earlier notebook counts by its own ones."""
     found = {f"notebooks/{name}.ipynb": notebook_digest(ROOT / "notebooks" / f"{name}.ipynb"), **common}
-    if name in LOOK_AT_SHIPPED:
-        found["the shipped network"] = file_digest(SHIPPED)
+    for path in sorted(path for pattern in LOOKS_AT.get(name, ()) for path in ROOT.glob(pattern)):
+        found[str(path.relative_to(ROOT))] = file_digest(path)
     for earlier in NOTEBOOKS[name]:
         found[earlier] = _digest(json.dumps(made.get(earlier)).encode())
     return found

@@ -186,8 +186,8 @@ def _offers(folder: Path) -> dict[str, tuple[Path, str]]:
     for path in sorted((ROOT / "runs" / "pretrained").glob("*")):
         if path.suffix in (".safetensors", ".onnx", ".csv", ".json"):
             found[f"shipped_{path.name.removeprefix('shipped_')}"] = (path, "of the shipped network")
-    for group, pattern in (("ablations", f"{EVIDENCE}*.[cj]s*"), ("record", "*.[cj]s*")):
-        for path in sorted((ROOT / "runs" / group).glob(pattern)):
+    for group, begin in (("ablations", EVIDENCE), ("recipes", ""), ("record", "")):
+        for path in sorted((ROOT / "runs" / group).glob(f"{begin}*.[cj]s*")):
             found[f"{group}_{path.name}"] = (path, f"evidence, {group}")
     if (ROOT / "CITATION.cff").is_file():
         found["CITATION.cff"] = (ROOT / "CITATION.cff", "how to cite")
