@@ -429,6 +429,28 @@ def test_a_cluster_that_loses_a_worker_comes_to_the_same_table(tiny, tmp_path, t
 
 
 @pytest.mark.slow
+def test_a_worker_that_comes_late_gets_its_share(tiny, tmp_path, two_cores):
+    profile = tiny("ablation.epochs=10")
+    grid = load_grid(profile, factors={"weights": FACTORS["weights"]}, seeds=[0, 1, 2, 3])
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(scheduler(tmp_path))
+        options = (address, "--no-nanny", "--nthreads", "1", "--no-dashboard")
+        workers, computed = [stack.enter_context(dask("worker", *options, folder=tmp_path))], {}
+
+        def look(done, total, text):
+            """Start the second worker once the first is at work; note which of them computes which run."""
+            for lock in (tmp_path / "cluster/smoke").glob("*/seed-*/.lock"):
+                if holder := json.loads(lock.read_text() or "{}").get("pid"):
+                    computed[lock.parent] = holder
+            if computed and len(workers) == 1:
+                workers.append(stack.enter_context(dask("worker", *options, folder=tmp_path)))
+
+        wait_for_workers(address, 1)
+        run_ablations(profile, grid, tmp_path / "cluster", scheduler=address, progress=look)
+    assert set(computed.values()) == {worker.pid for worker in workers}
+
+
+@pytest.mark.slow
 def test_a_worker_out_of_memory_is_told_in_one_line(tiny, tmp_path):
     """Its limit is less than the libraries need, so its nanny ends it each time the run is tried."""
     grid = load_grid(tiny(), factors={"weights": {"ternary": {}}}, seeds=[0])

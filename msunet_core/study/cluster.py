@@ -54,37 +54,45 @@ def on_cluster(
     ------
     StudyError : no scheduler there, no worker, or the scheduler went away
     """
+    waiting, working, found, parts = list(runs), {}, {}, {}
+    shares = collections.Counter()
     with _client(jobs, scheduler) as client:
-        shares = _shares(client)
-        futures, parts = {}, {}
         client.subscribe_topic(
             TOPIC, lambda event: parts.update({Path(event[1]["folder"]): event[1]["part"]})
         )
-        for run in runs:
-            start = None
-            if run.start is not None:
-                start = futures.get(run.start.folder, before.get(run.start.folder))
-            futures[run.folder] = client.submit(
-                _perform, run, levels.get(run.folder, ()), start, shares, key=f"{run.folder}-{time.time_ns()}"
-            )
-        pending = {future: folder for folder, future in futures.items()}
-        found = {}
-        while pending:
+        while waiting or working:
             try:
-                wait(list(pending), timeout=1, return_when="FIRST_COMPLETED")
+                # One run a worker, the next when one has ended: given all at once, Dask hands them out before
+                # it knows how long they take, and a worker that is done early, or came late, stays idle.
+                workers = _workers(client)
+                shares |= workers  # the most there were: a run keeps its threads, and so its digits
+                known = before | found
+                ready = [run for run in waiting if run.start is None or run.start.folder in known]
+                for run in ready[: max(0, workers.total() - len(working))]:
+                    waiting.remove(run)
+                    start = known[run.start.folder] if run.start else None
+                    key = ("run", f"{run.folder} {time.time_ns()}")
+                    future = client.submit(
+                        _perform, run, levels.get(run.folder, ()), start, dict(shares), key=key
+                    )
+                    working[future] = run.folder
+                if working:
+                    wait(list(working), timeout=1, return_when="FIRST_COMPLETED")
+                else:  # all workers are gone, for now
+                    time.sleep(1)
             except TimeoutError:  # a second has passed: time to look how far they are
                 pass
-            except CancelledError as error:
+            except (CancelledError, OSError) as error:
                 raise StudyError(
                     "the scheduler went away; run the same command again to go on where the runs are"
                 ) from error
             for folder, part in list(parts.items()):
                 at(folder, part)
-            for future in [future for future in pending if future.done()]:
-                folder = pending.pop(future)
+            for future in [future for future in working if future.done()]:
+                folder = working.pop(future)
                 found[folder] = _result(future)
                 at(folder, 1.0)
-        return found
+    return found
 
 
 def _perform(run: Run, levels: tuple[str, ...], before: dict | None, shares: dict[str, int]) -> dict:
@@ -103,10 +111,10 @@ def _perform(run: Run, levels: tuple[str, ...], before: dict | None, shares: dic
         return perform(run, levels, before, report)
 
 
-def _shares(client: Client) -> dict[str, int]:
+def _workers(client: Client) -> collections.Counter:
     """How many workers there are on each machine, by its address."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
-    return dict(collections.Counter(worker["host"] for worker in workers.values()))
+    return collections.Counter(worker["host"] for worker in workers.values())
 
 
 def _result(future) -> dict:
@@ -125,7 +133,9 @@ def _client(jobs: int, scheduler: str | None) -> Iterator[Client]:
     quiet = logging.CRITICAL  # what matters is told by StudyError, in one line
     logging.getLogger("distributed").setLevel(quiet)
     if scheduler is None:
-        cluster = LocalCluster(jobs, threads_per_worker=1, dashboard_address=None, silence_logs=quiet)
+        cluster = LocalCluster(
+            jobs, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=quiet
+        )
         with cluster, Client(cluster) as client:
             yield client
         return
