@@ -430,15 +430,20 @@ def test_a_cluster_that_loses_a_worker_comes_to_the_same_table(tiny, tmp_path, t
 
 @pytest.mark.slow
 def test_a_worker_that_comes_late_gets_its_share(tiny, tmp_path, two_cores):
+    from distributed import Client
+
     profile = tiny("ablation.epochs=10")
     grid = load_grid(profile, factors={"weights": FACTORS["weights"]}, seeds=[0, 1, 2, 3])
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(scheduler(tmp_path))
         options = (address, "--no-nanny", "--nthreads", "1", "--no-dashboard")
         workers, computed = [stack.enter_context(dask("worker", *options, folder=tmp_path))], {}
+        observer, most = stack.enter_context(Client(address, set_as_default=False)), 0
 
         def look(done, total, text):
-            """Start the second worker once the first is at work; note which of them computes which run."""
+            """Start the second worker once the first is at work; note which of them has which run."""
+            nonlocal most
+            most = max(most, *map(len, observer.processing().values()))
             for lock in (tmp_path / "cluster/smoke").glob("*/seed-*/.lock"):
                 if holder := json.loads(lock.read_text() or "{}").get("pid"):
                     computed[lock.parent] = holder
@@ -448,6 +453,7 @@ def test_a_worker_that_comes_late_gets_its_share(tiny, tmp_path, two_cores):
         wait_for_workers(address, 1)
         run_ablations(profile, grid, tmp_path / "cluster", scheduler=address, progress=look)
     assert set(computed.values()) == {worker.pid for worker in workers}
+    assert most == 1, f"{most} runs waited at one worker"
 
 
 @pytest.mark.slow
