@@ -26,8 +26,10 @@ OPT_LEVEL := # for score, validate: O0, O1, O2 or O3
 OUT := # for pack: the file to write
 JOBS := # for ablations: processes at once (default 1)
 SCHEDULER := # for ablations: a running Dask cluster, tcp://...
+PORT := # for lab: where it listens (default: the first free one from 8888 on)
+HOST := # for lab: the address it listens at; 0.0.0.0 in a container (default: this machine alone)
 BENCH := # for bench: its options, as --quick
-NAMES := PROFILE RUN DATA DEVICE SEED LIMIT VARIANT SET CHECKPOINT OPT_LEVEL OUT JOBS SCHEDULER BENCH
+NAMES := PROFILE RUN DATA DEVICE SEED LIMIT VARIANT SET CHECKPOINT OPT_LEVEL OUT JOBS SCHEDULER PORT HOST BENCH
 OTHERS := PYTHON MSUNET_RUNS
 
 unexport $(NAMES) PYTHON
@@ -55,23 +57,23 @@ ifneq ($(UNKNOWN),)
 	  print(f"no variable {name!r};", runpy.run_path("msunet_core/errors.py")["closest"](name, known))' >&2; exit 1
 endif
 .given:
-	@$(PY) -c 'import importlib.util as u, sys; sys.exit(not (sys.version_info[:2] in ((3, 11), (3, 12)) \
-	  and u.find_spec("torch") and u.find_spec("papermill")))' || { echo $(PY) 'is not Python 3.11 or 3.12 with the' \
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 15) \
+	  and u.find_spec("torch") and u.find_spec("papermill")))' || { echo $(PY) 'is not Python 3.11 to 3.14 with the' \
 	  'packages: -m pip install -r requirements.txt there, or unset PYTHON, VIRTUAL_ENV and CONDA_PREFIX' >&2; exit 1; }
 .python: $(ENVIRONMENT)
 	@echo $(PY)
 
 # Shims exist that are found but do not run (pyenv), and Pythons that cannot make environments (Debian).
-SUITABLE = -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1
+SUITABLE = -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1
 
 # .making says that what stands there is unfinished, so a killed `make` starts it anew; an environment
 # made by hand is completed and never removed.
 .venv/.complete: requirements.txt pyproject.toml
 	@set -e; \
 	if [ -e .venv/.making ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python $(SUITABLE); then \
-	  for python in python3.12 python3.11 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
+	  for python in python3.12 python3.13 python3.14 python3.11 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
 	  if [ $$python = none ]; then \
-	    echo 'no Python 3.11 or 3.12 with venv found; install one (Debian: python3.12-venv) or give PYTHON=...' >&2; exit 1; \
+	    echo 'no Python 3.11 to 3.14 with venv found; install one (Debian: python3-venv) or give PYTHON=...' >&2; exit 1; \
 	  fi; \
 	  echo "making .venv from $$($$python --version)" >&2; \
 	  rm -rf .venv; mkdir .venv; touch .venv/.making; $$python -m venv .venv; \
@@ -111,8 +113,8 @@ test-fast: lint ## ruff and the quick tests, in under a minute
 lint: $(ENVIRONMENT) ## ruff, rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-lab: $(ENVIRONMENT) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+lab: $(ENVIRONMENT) ## open the notebooks in JupyterLab [PORT= HOST=]
+	@$(PY) -m msunet_core.study.lab
 
 .PHONY: clean help
 clean: .known ## remove the folder of RUN and the tools' caches; data/ and .venv stay

@@ -16,13 +16,14 @@ from .files import read_text
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.scoring import score
-from .measure.unpack import load_network, shipped, unpack
+from .measure.unpack import is_shipped, load_network, shipped, unpack
 from .model.checkpoint import load_checkpoint, read_momentum
 from .model.precision import OPT_LEVELS
 from .study.grid import GRID, load_grid
 from .study.profile import Profile, load_profile, profile_names
 from .study.provenance import recorded_stage, usable_cores
 from .study.run import new_network, runs_folder
+from .study.web import CIFAR100_CLASSES
 from .training.distributed import first_to_fail, rank
 from .training.stages import CHECKPOINT, prune, resolve_device, train
 
@@ -197,6 +198,12 @@ def run_validate(arguments: argparse.Namespace) -> None:
     path = _file(arguments.checkpoint) if arguments.checkpoint else shipped()
     model, _ = load_network(path, arguments.variant)
     data = _test_data(arguments, model)
+    if is_shipped() and path.samefile(shipped()) and data.class_names != CIFAR100_CLASSES:
+        print(
+            f"warning: the 100 classes of {arguments.data} are not those that the shipped network learnt, "
+            "CIFAR-100's: its accuracy on them says nothing",
+            file=sys.stderr,
+        )
     print(f"{path}: {path.stat().st_size:,} bytes, {len(data.test_images)} test images of {arguments.data}")
     print(f"{'level':6}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}{'score':>10}")
     for level in arguments.opt_level:

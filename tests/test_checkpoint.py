@@ -194,10 +194,10 @@ def test_other_contents_are_refused(tmp_path, content, message, zipped):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\0", "is refused"),
+        (b"\0", "is not a checkpoint"),
         (b"PK\x03\x04", "is refused"),
-        (b"{}", "is refused"),
-        (b"<html>404 Not Found</html>", "is refused"),
+        (b"{}", "is not a checkpoint"),
+        (b"<html>404 Not Found</html>", "is not a checkpoint"),
         (b"\x80\x02.", "is refused"),
         (struct.pack("<Q", 2**62) + b"{}", "not a whole safetensors file"),
         (struct.pack("<Q", 2) + b"{}", "not a checkpoint of this study"),

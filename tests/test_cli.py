@@ -16,6 +16,7 @@ from msunet_core.__main__ import main
 from msunet_core.data.sources import save_npz
 from msunet_core.measure import unpack as unpack_module
 from msunet_core.measure.unpack import load_network
+from msunet_core.study.web import CIFAR100_CLASSES
 from msunet_core.training.stages import CHECKPOINT
 
 SHORT = [
@@ -103,6 +104,20 @@ def test_without_a_checkpoint_the_shipped_network_is_taken(capsys, npz, new_netw
     lines = capsys.readouterr().out.splitlines()
     assert lines[-4].startswith(str(unpack_module.SHIPPED))
     assert [line.split()[0] for line in lines[-2:]] == ["O0", "O3"]
+
+
+@pytest.mark.slow
+def test_the_shipped_network_warns_of_images_of_other_classes(capsys, tmp_path):
+    level = ["--opt-level", "O0", "--limit", "1"]
+    assert main(["validate", "--data", "synthetic", *level]) == 0
+    warned = capsys.readouterr().err
+    assert "the 100 classes of synthetic are not those that the shipped network learnt" in warned
+    assert warned.count("\n") == 1
+    pixels, labels = torch.zeros(100, 32, 32, 3, dtype=torch.uint8), torch.arange(100)
+    same = ImageData(pixels, labels, pixels, labels, CIFAR100_CLASSES, "mine")
+    save_npz(same, tmp_path / "same.npz")
+    assert main(["validate", "--data", str(tmp_path / "same.npz"), *level]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_packed_file_keeps_the_provenance_that_is_given(capsys, new_network, tmp_path):

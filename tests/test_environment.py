@@ -32,9 +32,9 @@ def test_pyproject_and_conda_agree_with_the_requirements():
 
 def test_conda_makes_a_python_that_the_project_supports():
     (python,) = [entry for entry in CONDA if str(entry).startswith("python=")]
-    assert python in ("python=3.11", "python=3.12")
-    assert PROJECT["requires-python"] == ">=3.11,<3.13"
-    assert (3, 11) <= sys.version_info[:2] <= (3, 12)
+    assert python in {f"python=3.{minor}" for minor in range(11, 15)}
+    assert PROJECT["requires-python"] == ">=3.11,<3.15"
+    assert (3, 11) <= sys.version_info[:2] <= (3, 14)
 
 
 @pytest.mark.parametrize("line", REQUIREMENTS)

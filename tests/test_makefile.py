@@ -262,11 +262,11 @@ def test_an_environment_made_by_hand_is_completed_and_not_removed(bare):
 
 
 def test_no_suitable_python_is_one_clear_line(bare):
-    for name in ("python3.12", "python3.11", "python3"):
+    for name in (*(f"python3.{minor}" for minor in range(11, 15)), "python3"):
         bare.write(f"bin/{name}", "#!/bin/sh\nexit 1\n").chmod(0o755)
     result = bare.call(".python", PYTHON="", PATH=bare.path)
     assert result.returncode != 0
-    assert result.stderr.startswith("no Python 3.11 or 3.12 with venv found; install one")
+    assert result.stderr.startswith("no Python 3.11 to 3.14 with venv found; install one")
     assert not (bare.folder / ".venv").exists()
 
 
@@ -283,7 +283,7 @@ def test_an_active_environment_without_the_packages_is_one_clear_line(checkout):
     checkout.write("python", "#!/bin/sh\nexit 1\n")
     result = checkout.call("reproduce")
     assert result.returncode != 0
-    assert "./python is not Python 3.11 or 3.12 with the packages" in result.stderr.splitlines()[0]
+    assert "./python is not Python 3.11 to 3.14 with the packages" in result.stderr.splitlines()[0]
 
 
 # -- with nothing faked but the notebooks ------------------------------------------------------

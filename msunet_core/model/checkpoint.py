@@ -265,6 +265,11 @@ def _read_published(path: Path) -> tuple[dict[str, Tensor], dict]:
     content = read_bytes(path, MAX_BYTES)
     if content.startswith(b"PK\x03\x04"):
         content = _checked_zip(path, content)
+    elif not content.startswith(b"\x80"):  # as every pickle that torch wrote
+        raise StudyError(
+            f"{path} is refused: it is not a checkpoint, since it begins with {shown(content[:8])}; "
+            "give a packed file, a published *.pth.tar or a checkpoint of this study"
+        )
     else:
         pickles = io.BytesIO(content)
         for _ in range(LEGACY_PICKLES):

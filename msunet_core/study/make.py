@@ -65,7 +65,7 @@ EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
 EVIDENCE += ("runs/ablations/evidence*.csv", "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
-NOT_USED = {"__main__.py", "study/make.py", "study/runner.py", *SITE} - {"study/claims.py"}
+NOT_USED = {"__main__.py", "study/lab.py", "study/make.py", "study/runner.py", *SITE} - {"study/claims.py"}
 MADE = ".made.json"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from ipykernel.kernelspec import KERNEL_NAME, get_kernel_dict
 from jupyter_client import AsyncKernelManager
 
 from ..errors import StudyError, closest, one_line
@@ -74,8 +75,7 @@ def run_notebook(
 def refresh_notebook(notebook: Path) -> None:
     """Execute `notebook` in place with its own default parameters, for committing.
 
-    Leaves out what differs from one machine or hour to the next without being a result: times,
-    paths, the version of Python.
+    Leaves out what differs from one machine or hour to the next without being a result: times and paths.
     """
     partial = notebook.with_name(f".{notebook.stem}.partial.ipynb")
     try:
@@ -228,12 +228,11 @@ def _literal(path: Path) -> str:
 
 
 def _without_machine(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        }
-    )
+    # What JupyterLab writes into a notebook that it only opened, so that looking at one changes nothing.
+    kernel = get_kernel_dict()
+    spec = {"display_name": kernel["display_name"], "language": kernel["language"], "name": KERNEL_NAME}
+    language = notebook.metadata.language_info  # as the kernel told it
+    notebook.metadata = nbformat.from_dict({"kernelspec": spec, "language_info": language})
     # Still absolute paths, so that nbval takes them for what another machine prints there.
     here = {sys.prefix: "/home/you/python", str(ROOT): "/home/you/msunet"}
     if runs := os.environ.get("MSUNET_RUNS"):
