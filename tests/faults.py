@@ -2,7 +2,8 @@
 
 A small run of the smoke profile, training and pruning, is killed at random moments and started again by
 the same command; every file that the study reads is damaged, and made anew with a right digest; crafted
-pickles are opened; commands and `make` get hostile values and names; small file systems are filled.
+pickles are opened; commands and `make` get hostile values and names; pages of hostile notebooks are opened in
+a browser; small file systems are filled.
 Survived means: the same bits as a run never disturbed, or one line of error in time and in little memory.
 """
 
@@ -54,8 +55,14 @@ from msunet_core.training.stages import CHECKPOINT
 AT_ONCE = 2  # processes; each computes in one thread
 MEMORY = 3 * 2**30  # bytes that a process which opens damaged files may map beyond what it has
 GROWTH = 700 * 2**20  # bytes that its resident size may grow by: twice the largest file accepted, and room
-SECONDS = 20  # that one file may take: more is a hang
+# More is a hang: seconds of computing that one file may take, and by the clock, which others' work stretches.
+SECONDS, PATIENCE = 20, 400
+CLOCKS = (
+    (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
+    (signal.SIGALRM, signal.ITIMER_REAL, PATIENCE),
+)
 STAGES = ("train", "prune")
+PARTS = ("kills", "files", "values", "pages", "disks")
 # The smoke profile, narrower and with fewer images: 30 steps and 5 checkpoints in some seconds.
 SHORT = [
     "network.width=0.0625",
@@ -163,15 +170,18 @@ def at_write(number: int) -> Callable[[Path, float], bool]:
     return due
 
 
-def try_kills(count: int, seed: int, scratch: Path, data: Path, stages=STAGES) -> list[Row]:
-    draw = random.Random(seed)
-    whole = scratch / "whole"
+def undisturbed(scratch: Path, data: Path, stages=STAGES) -> float:
+    """The run that all others must equal, in ``scratch/whole``; how many seconds it takes."""
     began = time.monotonic()
-    status, output = run(command(whole, data, stages), whole)
-    duration = time.monotonic() - began
+    status, output = run(command(scratch / "whole", data, stages), scratch / "whole")
     if status != 0:
         raise SystemExit(f"the undisturbed run failed:\n{output}")
-    expected = contents(whole, stages)
+    return time.monotonic() - began
+
+
+def try_kills(count: int, seed: int, scratch: Path, data: Path, duration: float, stages=STAGES) -> list[Row]:
+    draw = random.Random(seed)
+    expected = contents(scratch / "whole", stages)
     print(f"seed {seed}; the undisturbed run takes {duration:.1f} s, {AT_ONCE} at once", flush=True)
     rows = {
         "time": Row("SIGKILL at a random moment"),
@@ -446,8 +456,9 @@ def same(one: dict, other: dict) -> bool:
 
 def verdict(load: Callable[[Path], dict], path: Path, expected: dict) -> str:
     """What came of opening a file: "refused", "same", "other" content, "hang", or how it failed."""
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    for number, timer, seconds in CLOCKS:
+        signal.signal(number, ring)
+        signal.setitimer(timer, seconds)
     try:
         found = load(path)
     except StudyError as error:
@@ -457,7 +468,8 @@ def verdict(load: Callable[[Path], dict], path: Path, expected: dict) -> str:
     except BaseException as error:
         return f"traceback: {type(error).__name__}: {error}"
     finally:
-        signal.alarm(0)
+        for _, timer, _ in CLOCKS:
+            signal.setitimer(timer, 0)
     return "same" if same(found, expected) else "other"
 
 
@@ -655,7 +667,12 @@ def call(command: list[str], folder: Path, **environment: str) -> tuple[int | No
     }
     try:
         done = subprocess.run(
-            command, cwd=folder, env={**kept, **environment}, capture_output=True, timeout=120, check=False
+            command,
+            cwd=folder,
+            env={**kept, **environment},
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return None, ""
@@ -830,6 +847,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="how many runs to kill (default 30; quick 2)")
     parser.add_argument("--files", type=int, help="how many damaged files to open (default 3300; quick 110)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice here")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; else all")
     parser.add_argument("--quick", action="store_true", help="a short version: training alone, no disks")
     parser.add_argument("--open", nargs="+", help=argparse.SUPPRESS)  # the process for damaged files
     arguments = parser.parse_args()
@@ -850,15 +868,26 @@ def main() -> int:
         scratch = Path(folder)
         data = scratch / "images.npz"
         save_npz(load_data("synthetic", limit=2), data)
-        stages = STAGES[:1] if arguments.quick else STAGES
-        rows = try_kills(kills, arguments.seed, scratch, data, stages)
-        own = scratch / "whole" / stages[-1] / CHECKPOINT
-        print(f"opening {files} damaged files", flush=True)
-        rows += try_files(files, arguments.seed, scratch, own, data)
-        print("hostile values and names", flush=True)
-        rows.append(try_make(3 if arguments.quick else 1000, arguments.seed, scratch))
-        rows.append(try_commands(6 if arguments.quick else 120, arguments.seed, scratch, data))
-        if not arguments.quick:
+        stages, rows = STAGES[:1] if arguments.quick else STAGES, []
+        parts = {*arguments.only} - ({"disks"} if arguments.quick else set())
+        if parts & {"kills", "files", "disks"}:
+            duration = undisturbed(scratch, data, stages)
+        if "kills" in parts:
+            rows += try_kills(kills, arguments.seed, scratch, data, duration, stages)
+        if "files" in parts:
+            print(f"opening {files} damaged files", flush=True)
+            own = scratch / "whole" / stages[-1] / CHECKPOINT
+            rows += try_files(files, arguments.seed, scratch, own, data)
+        if "values" in parts:
+            print("hostile values and names", flush=True)
+            rows.append(try_make(3 if arguments.quick else 1000, arguments.seed, scratch))
+            rows.append(try_commands(6 if arguments.quick else 120, arguments.seed, scratch, data))
+        if "pages" in parts:
+            print("hostile notebooks and names on pages", flush=True)
+            from faults_pages import try_pages  # what makes pages is large
+
+            rows.append(Row("hostile text on a page", **try_pages(scratch, arguments.quick)))
+        if "disks" in parts:
             print("filling small file systems, removing a run folder", flush=True)
             rows += try_disks(scratch, data, scratch / "whole" / "train" / CHECKPOINT)
             rows.append(try_vanishing(scratch, data))
