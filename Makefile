@@ -128,7 +128,7 @@ help: .known ## this list
 
 ##! targets for maintainers
 .PHONY: faults fuzz bench notebooks pretrained
-faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 3,300 files, hostile names and pages, full disks
+faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 3,900 files, hostile names and pages, full disks
 	@$(PY) tests/faults.py
 fuzz: $(ENVIRONMENT) ## hand changed files to each reader, guided by coverage [SECONDS=]; needs pip install atheris
 	@$(PY) tests/fuzz/fuzz.py --seconds "$${STUDY_SECONDS:-600}"

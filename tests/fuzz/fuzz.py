@@ -29,7 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "fuzz"
 SEP = b"\n~~~~\n"
-LONGEST = 2**15  # bytes of an input
+LONGEST = {"yaml": 2**10}  # bytes of an input; else
+LONG = 2**16
 SECONDS = 600
 AT_ONCE = 2
 
@@ -155,13 +156,13 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
         for changes in ({}, {"variant": "v2"}, {"weights": "binary"}, {"weights": "float"}):
             for merge in (True, False):
                 pack(
-                    build_msunet(**{"variant": "v3", "num_classes": 2, "width": 0.0625} | changes),
+                    build_msunet(**{"variant": "v3", "num_classes": 2, "width": 0.01} | changes),
                     path,
                     merge=merge,
                 )
                 found.append(SEP.join(packed_parts(path.read_bytes())))
     elif reader == "checkpoint":
-        model = build_msunet("v3", num_classes=2, width=0.0625)
+        model = build_msunet("v3", num_classes=2, width=0.01)
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
         rows = [{"epoch": 0, "loss": 0.5}]
         info = {
@@ -280,7 +281,12 @@ def fuzz(reader: str, seconds: int) -> None:
             name.write_bytes(file_of(reader, source))
             print(f"FINDING {outcome[:300]!r} in {name.relative_to(ROOT)}", flush=True)
 
-    suffix = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", "-timeout=0", "-rss_limit_mb=2048"]
+    suffix = [
+        f"-max_total_time={seconds}",
+        f"-max_len={LONGEST.get(reader, LONG)}",
+        "-timeout=0",
+        "-rss_limit_mb=2048",
+    ]
     atheris.Setup(
         [
             sys.argv[0],
