@@ -29,7 +29,8 @@ SCHEDULER := # for ablations: a running Dask cluster, tcp://...
 PORT := # for lab: where it listens (default: the first free one from 8888 on)
 HOST := # for lab: the address it listens at; 0.0.0.0 in a container (default: this machine alone)
 BENCH := # for bench: its options, as --quick
-NAMES := PROFILE RUN DATA DEVICE SEED LIMIT VARIANT SET CHECKPOINT OPT_LEVEL OUT JOBS SCHEDULER PORT HOST BENCH
+SECONDS := # for fuzz: so many for each reader (default 600)
+NAMES := PROFILE RUN DATA DEVICE SEED LIMIT VARIANT SET CHECKPOINT OPT_LEVEL OUT JOBS SCHEDULER PORT HOST BENCH SECONDS
 OTHERS := PYTHON MSUNET_RUNS
 
 unexport $(NAMES) PYTHON
@@ -128,9 +129,11 @@ help: .known ## this list
 	  -e 's/^##! (.*)/\1:/p' Makefile | while IFS=$$'\t' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
 
 ##! targets for maintainers
-.PHONY: faults bench notebooks pretrained
-faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 3,300 files, hostile names, full disks
+.PHONY: faults fuzz bench notebooks pretrained
+faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 3,900 files, hostile names and pages, full disks
 	@$(PY) tests/faults.py
+fuzz: $(ENVIRONMENT) ## hand changed files to each reader, guided by coverage [SECONDS=]; needs pip install atheris
+	@$(PY) tests/fuzz/fuzz.py --seconds "$${STUDY_SECONDS:-600}"
 bench: $(ENVIRONMENT) ## time the released way and ours side by side [BENCH=--quick]; writes runs/bench/bench.json
 	@set -f; $(PY) benchmarks/bench.py $$STUDY_BENCH
 notebooks: $(ENVIRONMENT) ## execute the committed notebooks in place: smoke profile, default parameters

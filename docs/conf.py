@@ -7,9 +7,10 @@ made now, and the search index is a script, so that all of it works from the fil
 import re
 
 from docutils.nodes import SkipNode
-from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
+
+from msunet_core.study.markup import tame
 
 project = "MSUNet-v3, reproduced"
 author = "the authors of this study"
@@ -45,7 +46,7 @@ def _mathml(self, node, as_block: bool) -> str:
     formula = re.sub(r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l", node.astext())
     try:
         return tex2mathml(formula, as_block=as_block)
-    except MathError as error:
+    except Exception as error:  # MathError, or whatever a formula that is none makes of it
         logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
         return f"<code>{self.encode(node.astext())}</code>"
 
@@ -60,7 +61,18 @@ def _block(self, node):
     raise SkipNode
 
 
+def _notebooks_run_nothing(app, doctree):
+    if app.env.doc2path(app.env.docname).suffix == ".ipynb":
+        tame(doctree)
+
+
+def _include_no_file(app):
+    app.env.settings["file_insertion_enabled"] = False
+
+
 def setup(app):
-    """Formulas as MathML, which every current browser draws itself."""
+    """Formulas as MathML, which every current browser draws itself; notebooks as if from a stranger."""
+    app.connect("builder-inited", _include_no_file)
+    app.connect("doctree-read", _notebooks_run_nothing, priority=0)  # before Sphinx copies what they name
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

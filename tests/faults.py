@@ -2,7 +2,8 @@
 
 A small run of the smoke profile, training and pruning, is killed at random moments and started again by
 the same command; every file that the study reads is damaged, and made anew with a right digest; crafted
-pickles are opened; commands and `make` get hostile values and names; small file systems are filled.
+pickles are opened; commands and `make` get hostile values and names; pages of hostile notebooks are opened in
+a browser; small file systems are filled.
 Survived means: the same bits as a run never disturbed, or one line of error in time and in little memory.
 """
 
@@ -19,13 +20,14 @@ import os
 import pickle
 import random
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import msunet_core.__main__
 from msunet_core import (
     ImageData,
     StageConfig,
@@ -54,8 +57,14 @@ from msunet_core.training.stages import CHECKPOINT
 AT_ONCE = 2  # processes; each computes in one thread
 MEMORY = 3 * 2**30  # bytes that a process which opens damaged files may map beyond what it has
 GROWTH = 700 * 2**20  # bytes that its resident size may grow by: twice the largest file accepted, and room
-SECONDS = 20  # that one file may take: more is a hang
+# More is a hang: seconds of computing that one file may take, and by the clock, which others' work stretches.
+SECONDS, PATIENCE = 20, 400
+CLOCKS = (
+    (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
+    (signal.SIGALRM, signal.ITIMER_REAL, PATIENCE),
+)
 STAGES = ("train", "prune")
+PARTS = ("kills", "files", "values", "pages", "disks")
 # The smoke profile, narrower and with fewer images: 30 steps and 5 checkpoints in some seconds.
 SHORT = [
     "network.width=0.0625",
@@ -91,41 +100,74 @@ class Row:
 # --- killed runs ------------------------------------------------------------------------------------------
 
 
-def command(folder: Path, data: Path, stages=STAGES) -> str:
-    """Training, then pruning, as somebody would type it."""
-    python = [sys.executable, "-m", "msunet_core"]
+def commands(folder: Path, data: Path, stages=STAGES) -> list[list[str]]:
+    """Training, then pruning, as somebody would type it after ``python -m msunet_core``."""
     common = ["--profile", "smoke", "--data", str(data), "--device", "cpu"]
+    first, later = str(folder / "train"), str(folder / "prune")
     lines = {
-        "train": [*python, "train", *common, "--out", str(folder / "train"), "--set", *SHORT],
-        "prune": [
-            *python, "prune", *common, "--checkpoint", str(folder / "train"),
-            "--out", str(folder / "prune"), "--set", *SHORT,
-        ],
-    }  # fmt: skip
-    return " && ".join(shlex.join(lines[stage]) for stage in stages)
+        "train": ["train", *common, "--out", first, "--set", *SHORT],
+        "prune": ["prune", *common, "--checkpoint", first, "--out", later, "--set", *SHORT],
+    }
+    return [lines[stage] for stage in stages]
 
 
-def run(line: str, folder: Path, kill: Callable[[Path, float], bool] | None = None) -> tuple[int, str]:
-    """Run a command until it ends or ``kill(folder, seconds)`` says so; its status and its output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def fork(work: Callable[[], int], output: int) -> int:
+    """Start a function in a fork of this process, its output and errors in a file; its pid.
+
+    What is tried here is tried in forks: importing PyTorch each time would take longer than all the rest.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        status = work() or 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int, due: Callable[[float], bool], pause: float = 0.01) -> tuple[int, bool]:
+    """Wait for a fork; its status, and whether it and its children were killed as ``due(seconds)`` said."""
+    began = time.monotonic()
+    while True:
+        there, status = os.waitpid(child, os.WNOHANG)
+        if there:
+            return os.waitstatus_to_exitcode(status), False
+        if due(time.monotonic() - began):
+            os.killpg(child, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), True
+        time.sleep(pause)
+
+
+def run(
+    lines: list[list[str]], folder: Path, kill: Callable[[Path, float], bool] | None = None
+) -> tuple[int, str]:
+    """Run commands until one fails or ``kill(folder, seconds)`` says so; their status and output."""
+
+    def work() -> int:
+        os.setsid()
+        for line in lines:
+            status, _ = ended(
+                fork(lambda line=line: msunet_core.__main__.main(line), 1), lambda seconds: False
+            )
+            if status:
+                break
+        return status
+
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            ["bash", "-c", line],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        began = time.monotonic()
-        try:
-            while process.poll() is None:
-                if kill is not None and kill(folder, time.monotonic() - began):
-                    break
-                time.sleep(0.0005 if kill else 0.02)
-        finally:  # it is due, or somebody stopped this program
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
+        due = (lambda seconds: kill(folder, seconds)) if kill else (lambda seconds: seconds > 10 * PATIENCE)
+        status, _ = ended(fork(work, output.fileno()), due, 0.0005 if kill else 0.02)
         output.seek(0)
         return status, output.read().decode(errors="replace")
 
@@ -163,28 +205,36 @@ def at_write(number: int) -> Callable[[Path, float], bool]:
     return due
 
 
-def try_kills(count: int, seed: int, scratch: Path, data: Path, stages=STAGES) -> list[Row]:
-    draw = random.Random(seed)
-    whole = scratch / "whole"
+def undisturbed(scratch: Path, data: Path, stages=STAGES) -> float:
+    """The run that all others must equal, in ``scratch/whole``; how many seconds it takes."""
     began = time.monotonic()
-    status, output = run(command(whole, data, stages), whole)
-    duration = time.monotonic() - began
+    status, output = run(commands(scratch / "whole", data, stages), scratch / "whole")
     if status != 0:
         raise SystemExit(f"the undisturbed run failed:\n{output}")
-    expected = contents(whole, stages)
-    print(f"seed {seed}; the undisturbed run takes {duration:.1f} s, {AT_ONCE} at once", flush=True)
+    return time.monotonic() - began
+
+
+def try_kills(count: int, seed: int, scratch: Path, data: Path, duration: float, stages=STAGES) -> list[Row]:
+    draw = random.Random(seed)
+    expected = contents(scratch / "whole", stages)
+    print(f"seed {seed}; the undisturbed run takes {duration:.1f} s", flush=True)
     rows = {
         "time": Row("SIGKILL at a random moment"),
         "write": Row("SIGKILL while a checkpoint is written"),
     }
 
-    def one(number: int, kind: str, moment: float) -> None:
+    # Spread over the whole run: one moment in each of so many equal parts of it.
+    writing = max(1, count // 5)
+    timed = count - writing
+    plans = [("time", duration * (part + draw.random()) / timed) for part in range(timed)]
+    plans += [("write", 1 + part % (5 if len(stages) > 1 else 3)) for part in range(writing)]
+    for number, (kind, moment) in enumerate(plans):
         folder = scratch / f"kill{number}"
         kill = after(moment) if kind == "time" else at_write(int(moment))
-        status, first = run(command(folder, data, stages), folder, kill)
+        status, first = run(commands(folder, data, stages), folder, kill)
         log = {stage: (folder / stage / "log.txt") for stage in STAGES}
         reached = sum(path.read_text().count(": epoch ") for path in log.values() if path.exists())
-        again, second = run(command(folder, data, stages), folder)
+        again, second = run(commands(folder, data, stages), folder)
         row = rows[kind]
         row.tried += 1
         row.tracebacks += "Traceback" in first + second
@@ -192,23 +242,14 @@ def try_kills(count: int, seed: int, scratch: Path, data: Path, stages=STAGES) -
         row.survived += same
         row.lost += not same
         name = f"{moment:5.2f} s" if kind == "time" else f"write {moment:.0f}"
-        ended = "killed" if status < 0 else "had ended"
+        how = "killed" if status < 0 else "had ended"
         print(
-            f"  kill {number:3d} at {name}: {ended} after {reached} epochs, {'same' if same else 'LOST'}",
+            f"  kill {number:3d} at {name}: {how} after {reached} epochs, {'same' if same else 'LOST'}",
             flush=True,
         )
         if not same:
             print(second)
         shutil.rmtree(folder)
-
-    # Spread over the whole run: one moment in each of so many equal parts of it.
-    writing = max(1, count // 5)
-    timed = count - writing
-    plans = [("time", duration * (part + draw.random()) / timed) for part in range(timed)]
-    plans += [("write", 1 + part % (5 if len(stages) > 1 else 3)) for part in range(writing)]
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        for done in [pool.submit(one, number, *plan) for number, plan in enumerate(plans)]:
-            done.result()
     return list(rows.values())
 
 
@@ -329,11 +370,18 @@ def half_pruned(folder: Path) -> Path:
         if done == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    try:
-        prune(*small_pruning(), folder, device="cpu", progress=stop)
-    except KeyboardInterrupt:
-        return folder / CHECKPOINT
-    raise SystemExit("the stage that was to be stopped ended")
+    def work() -> int:
+        os.setsid()
+        with contextlib.suppress(KeyboardInterrupt):
+            prune(*small_pruning(), folder, device="cpu", progress=stop)
+            return 1  # it should have been stopped
+        return 0
+
+    # In a fork, since autograd's threads do not live on in the forks of a process that has trained.
+    status, _ = ended(fork(work, sys.stderr.fileno()), lambda seconds: seconds > PATIENCE)
+    if status:
+        raise SystemExit("the stage that was to be stopped ended or failed")
+    return folder / CHECKPOINT
 
 
 ODD = (
@@ -397,6 +445,19 @@ def packed_made_anew(draw: random.Random, content: bytes) -> tuple[str, bytes]:
     return f"{kind}, made anew", damaged[: place.start] + digest + damaged[place.stop :]
 
 
+def zip_made_anew(draw: random.Random, content: bytes) -> tuple[str, bytes]:
+    """Another archive, one member of it damaged, with right checksums."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = draw.choice(sorted(name for name in members if members[name]))
+    kind, members[name] = mutate(draw, members[name])
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, member in members.items():
+            archive.writestr(zipfile.ZipInfo(name), member)
+    return f"{kind}, made anew", made.getvalue()
+
+
 PIECES = (
     "!!timestamp x", "!!int ''", "!!python/name:os.system", "&a ", "*a", "{", "}", "[", "]", ": ", ", ", "- ",
     "? ", "<<: ", "9" * 400, "0x", "1:2:3", ".inf", ".nan", "2020-01-01", "~", "'", '"', "|", ">", "#", "%",
@@ -422,10 +483,12 @@ READERS = {
     "own checkpoint, right digest": (state_of, own_made_anew, False),
     "resumed checkpoint, right digest": (resumed, own_made_anew, False),
     "published checkpoint, zip": (state_of, mutate, True),
+    "published checkpoint, zip, right checksums": (state_of, zip_made_anew, False),
     "published checkpoint, legacy": (state_of, mutate, False),
     "packed file": (packed_of, mutate, True),
     "packed file, right digest": (packed_of, packed_made_anew, False),
     "data .npz": (images_of, mutate, True),
+    "data .npz, right checksums": (images_of, zip_made_anew, False),
     "PNG in a folder": (folder_of, mutate, True),
     "YAML profile": (profile_of, other_text, False),
     "value of --set": (overridden, other_text, False),
@@ -446,8 +509,9 @@ def same(one: dict, other: dict) -> bool:
 
 def verdict(load: Callable[[Path], dict], path: Path, expected: dict) -> str:
     """What came of opening a file: "refused", "same", "other" content, "hang", or how it failed."""
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    for number, timer, seconds in CLOCKS:
+        signal.signal(number, ring)
+        signal.setitimer(timer, seconds)
     try:
         found = load(path)
     except StudyError as error:
@@ -457,7 +521,8 @@ def verdict(load: Callable[[Path], dict], path: Path, expected: dict) -> str:
     except BaseException as error:
         return f"traceback: {type(error).__name__}: {error}"
     finally:
-        signal.alarm(0)
+        for _, timer, _ in CLOCKS:
+            signal.setitimer(timer, 0)
     return "same" if same(found, expected) else "other"
 
 
@@ -570,8 +635,10 @@ def prepared(files: Path, own: Path, data: Path) -> dict[str, Path]:
     content["args"] = argparse.Namespace(lr=0.1, model="msunet")
     names = {
         "published checkpoint, zip": "zip.pth.tar",
+        "published checkpoint, zip, right checksums": "zip.pth.tar",
         "published checkpoint, legacy": "legacy.pth.tar",
         "data .npz": "images.npz",
+        "data .npz, right checksums": "images.npz",
         "YAML profile": "own.yaml",
         "PNG in a folder": "train/a/0.png",
     }
@@ -588,7 +655,7 @@ def prepared(files: Path, own: Path, data: Path) -> dict[str, Path]:
             pack(load_checkpoint(own)[0], path)
         elif kind.startswith("published"):
             torch.save(content, path, _use_new_zipfile_serialization="zip" in kind)
-        elif kind == "data .npz":
+        elif kind.startswith("data"):
             shutil.copy(data, path)
         elif kind == "PNG in a folder":
             for split in ("train", "test"):
@@ -655,7 +722,12 @@ def call(command: list[str], folder: Path, **environment: str) -> tuple[int | No
     }
     try:
         done = subprocess.run(
-            command, cwd=folder, env={**kept, **environment}, capture_output=True, timeout=120, check=False
+            command,
+            cwd=folder,
+            env={**kept, **environment},
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return None, ""
@@ -713,7 +785,6 @@ def try_commands(count: int, seed: int, scratch: Path, data: Path) -> Row:
         "\x1b[2J",
         "a" * 3000,
     )
-    python = [sys.executable, "-m", "msunet_core"]
     lines = [
         *(
             ["data", f"--{name}={value}"]
@@ -727,25 +798,51 @@ def try_commands(count: int, seed: int, scratch: Path, data: Path) -> Row:
     ]
     folder = scratch / "commands"
     folder.mkdir()
-
-    def one(line: list[str]) -> tuple[list[str], int | None, str]:
-        line = [part.replace("\0", "") for part in line]
-        root = str(Path(__file__).parent.parent)
-        return line, *call([*python, *line], folder, OMP_NUM_THREADS="1", PYTHONPATH=root)
-
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        for line, status, output in pool.map(one, draw.sample(lines, min(count, len(lines)))):
-            row.tried += 1
-            row.hangs += status is None
-            row.tracebacks += (trace := "Traceback" in output)
-            said = output.rstrip("\n")
-            refused = status == 2 and said.startswith("error: ") and said.isprintable() and len(said) <= 310
-            row.survived += (fine := status == 0 or refused)
-            row.lost += not (fine or trace or status is None)
-            if not fine:
-                print(f"  {line}: {status} {output[-300:]!r}"[:600], flush=True)
+    asked = [[part.replace("\0", "") for part in line] for line in draw.sample(lines, min(count, len(lines)))]
+    (folder / "asked.json").write_text(json.dumps(asked))
+    tally = in_a_process("commands", folder)
+    row.megabytes = (grown := tally.pop("grown", 0)) >> 20
+    row.tried, row.survived, row.hangs = len(asked), tally.pop("fine", 0), tally.pop("hang", 0)
+    row.lost = tally.pop("not so", 0) + (grown > GROWTH)
+    row.tracebacks = sum(tally.values())
     row.executed = int((folder / "pwned").exists())
     return row
+
+
+def run_commands(folder: Path) -> dict:
+    """In a process: each command of asked.json, as ``python -m msunet_core`` runs it, in little memory."""
+    tally = {"grown": 0}
+    for line in json.loads((folder / "asked.json").read_text()):
+        status, output, grown = forked(line, folder)
+        said = output.rstrip("\n")
+        refused = status == 2 and said.startswith("error: ") and said.isprintable() and len(said) <= 310
+        found = "fine" if status == 0 or refused else "traceback" if "Traceback" in output else "not so"
+        found = "hang" if status is None else found
+        tally[found] = tally.get(found, 0) + 1
+        tally["grown"] = max(tally["grown"], grown)
+        if found != "fine":
+            print(f"  {line}: {status} {output[-300:]!r}"[:600], file=sys.stderr)
+    return tally
+
+
+def forked(line: list[str], folder: Path) -> tuple[int | None, str, int]:
+    """Status (None: it hung), output and growth in memory of a command."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile("w+", buffering=1) as memory:
+
+        def work() -> int:
+            os.setsid()
+            os.chdir(folder)
+            before = peak_memory()
+            limit_memory()
+            try:
+                return msunet_core.__main__.main(line)
+            finally:
+                print(peak_memory() - before, file=memory)
+
+        status, hung = ended(fork(work, output.fileno()), lambda seconds: seconds > PATIENCE)
+        for file in (output, memory):
+            file.seek(0)
+        return None if hung else status, output.read().decode(errors="replace"), int(memory.read() or 0)
 
 
 # --- full and vanished disks ------------------------------------------------------------------------------
@@ -772,13 +869,13 @@ def try_disks(scratch: Path, data: Path, own: Path) -> list[Row]:
             if share == 0.0:
                 (disk / "filler").write_bytes(bytes(4096))
             row.tried += 1
-            status, output = run(command(disk, data, ("train",)), disk)
+            status, output = run(commands(disk, data, ("train",)), disk)
             row.tracebacks += "Traceback" in output
             last = (output.splitlines() or [""])[-1]
             told = status == 2 and last.startswith("error: cannot write") and "space" in last
             print(f"  {room} bytes: {last}", flush=True)
             subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-            again, output = run(command(disk, data, ("train",)), disk)
+            again, output = run(commands(disk, data, ("train",)), disk)
             row.tracebacks += "Traceback" in output
             row.survived += (kept := told and again == 0 and contents(disk, ("train",)) == whole)
             row.lost += not kept
@@ -797,7 +894,7 @@ def try_vanishing(scratch: Path, data: Path) -> Row:
             shutil.rmtree(folder)
         return False
 
-    status, output = run(command(folder, data, ("train",)), folder, remove_it)
+    status, output = run(commands(folder, data, ("train",)), folder, remove_it)
     last = (output.splitlines() or [""])[-1]
     print(f"  {last}", flush=True)
     row.tracebacks += "Traceback" in output
@@ -828,8 +925,9 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, help="how many runs to kill (default 30; quick 2)")
-    parser.add_argument("--files", type=int, help="how many damaged files to open (default 3300; quick 110)")
+    parser.add_argument("--files", type=int, help="how many damaged files to open (default 3900; quick 130)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice here")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; else all")
     parser.add_argument("--quick", action="store_true", help="a short version: training alone, no disks")
     parser.add_argument("--open", nargs="+", help=argparse.SUPPRESS)  # the process for damaged files
     arguments = parser.parse_args()
@@ -839,29 +937,43 @@ def main() -> int:
         first, *rest = arguments.open
         before = peak_memory()
         path = Path(rest[0] if rest else first)
-        found = open_damaged(first, path, *map(int, rest[1:])) if rest else open_crafted(path)
-        found["grown"] = peak_memory() - before
+        if first == "commands":
+            found = run_commands(path)
+        else:
+            found = open_damaged(first, path, *map(int, rest[1:])) if rest else open_crafted(path)
+            found["grown"] = peak_memory() - before
         print(json.dumps(found))
         return 0
     kills = arguments.kills if arguments.kills is not None else (2 if arguments.quick else 30)
-    files = arguments.files if arguments.files is not None else (110 if arguments.quick else 3300)
+    files = arguments.files if arguments.files is not None else (130 if arguments.quick else 3900)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         scratch = Path(folder)
         data = scratch / "images.npz"
         save_npz(load_data("synthetic", limit=2), data)
-        stages = STAGES[:1] if arguments.quick else STAGES
-        rows = try_kills(kills, arguments.seed, scratch, data, stages)
-        own = scratch / "whole" / stages[-1] / CHECKPOINT
-        print(f"opening {files} damaged files", flush=True)
-        rows += try_files(files, arguments.seed, scratch, own, data)
-        print("hostile values and names", flush=True)
-        rows.append(try_make(3 if arguments.quick else 1000, arguments.seed, scratch))
-        rows.append(try_commands(6 if arguments.quick else 120, arguments.seed, scratch, data))
-        if not arguments.quick:
-            print("filling small file systems, removing a run folder", flush=True)
-            rows += try_disks(scratch, data, scratch / "whole" / "train" / CHECKPOINT)
-            rows.append(try_vanishing(scratch, data))
+        stages, rows = STAGES[:1] if arguments.quick else STAGES, []
+        parts = {*arguments.only} - ({"disks"} if arguments.quick else set())
+        if parts & {"kills", "files", "disks"}:
+            duration = undisturbed(scratch, data, stages)
+        for part in (part for part in PARTS if part in parts):
+            print(f"--- {part}", flush=True)
+            if part == "kills":
+                new = try_kills(kills, arguments.seed, scratch, data, duration, stages)
+            elif part == "files":
+                own = scratch / "whole" / stages[-1] / CHECKPOINT
+                new = try_files(files, arguments.seed, scratch, own, data)
+            elif part == "values":
+                new = [try_make(3 if arguments.quick else 1000, arguments.seed, scratch)]
+                new.append(try_commands(20 if arguments.quick else 1000, arguments.seed, scratch, data))
+            elif part == "pages":
+                from faults_pages import try_pages  # what makes pages is large
+
+                new = [Row("hostile text on a page", **try_pages(scratch, arguments.quick))]
+            else:
+                new = try_disks(scratch, data, scratch / "whole" / "train" / CHECKPOINT)
+                new.append(try_vanishing(scratch, data))
+            print(table(new), flush=True)
+            rows += new
     print(f"\n{table(rows)}\n{time.monotonic() - began:.0f} s, seed {arguments.seed}")
     return 1 if any(row.bad() for row in rows) else 0
 

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import browser
+import faults_pages
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_a_run_that_is_killed_and_files_that_are_damaged_lose_nothing():
     total = next(line for line in done.stdout.splitlines() if line.startswith("all "))
     _, tried, survived, lost, executed, tracebacks, hangs, undetectable, megabytes = total.split()[:9]
     assert (lost, executed, tracebacks, hangs) == ("0", "0", "0", "0"), done.stdout
-    assert int(tried) == int(survived) + int(undetectable) >= 110
+    assert int(tried) == int(survived) + int(undetectable) >= 130
     assert 0 < int(megabytes) < 700
 
 
@@ -66,9 +68,15 @@ def test_a_fault_is_called_by_its_name(faults, tmp_path):
     assert opens(SystemExit(1)) == "traceback: SystemExit: 1"
 
 
-def test_what_takes_too_long_is_a_hang(faults, tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "SECONDS", 1)
-    assert faults.verdict(lambda path: time.sleep(30), tmp_path, {}) == "hang"
+def compute_for_ever(path):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("wait", [lambda path: time.sleep(30), compute_for_ever], ids=["waits", "computes"])
+def test_what_takes_too_long_is_a_hang(faults, tmp_path, monkeypatch, wait):
+    monkeypatch.setattr(faults, "CLOCKS", [(number, timer, 0.5) for number, timer, _ in faults.CLOCKS])
+    assert faults.verdict(wait, tmp_path, {}) == "hang"
 
 
 def test_a_file_made_anew_differs_and_has_a_right_digest(faults, tmp_path):
@@ -105,3 +113,31 @@ def test_the_table_counts_what_was_lost(faults):
     lines = faults.table(rows).splitlines()
     assert lines[-1].split() == ["all", "5", "4", "1", "0", "0", "0", "0", "7"]
     assert [row.bad() for row in [*rows, faults.Row("three", hangs=1)]] == [1, 0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.find() is None, reason="no Chromium")
+def test_what_runs_or_fetches_on_a_page_is_noticed(tmp_path):
+    forms = [form for form in faults_pages.FORMS if form.startswith("<")]
+    payloads = faults_pages.Payloads()
+    site = tmp_path / "site"
+    site.mkdir()
+    for number, form in enumerate(forms):
+        (site / f"{number}.html").write_text(f"<!doctype html><p>{payloads(form, str(number))}")
+    (site / "search.html").write_text("<!doctype html><p>nothing here")
+    ran, asked = faults_pages.look(site, tmp_path / "profile")
+    told = {forms[number] for number in ran}
+    for tag in (
+        "<script>",
+        "<img src=x",
+        "<svg/",
+        "<iframe src=",
+        "<details",
+        "<input",
+        "<a href=java",
+        "<form",
+        "<x ",
+    ):
+        assert any(form.startswith(tag) for form in told), tag
+    for name in ("a.png", "a.css", "b.css", "c.png", "d.png"):
+        assert f"{faults_pages.ELSEWHERE}/{name}" in asked

@@ -202,6 +202,22 @@ def test_a_folder_without_a_notebook_and_broken_files_are_refused_in_a_line(tmp_
     ]
 
 
+@pytest.mark.parametrize("name", ["<img src=x onerror=y>", 'a"b', "a b", "[a](b)", "a*"])
+def test_a_notebook_whose_name_is_no_plain_word_is_no_page(tmp_path, name):
+    nbformat.write(new_notebook(), tmp_path / f"{name}.ipynb")
+    with pytest.raises(StudyError, match="rename it"):
+        report.build_site(tmp_path)
+
+
+def test_a_page_that_breaks_sphinx_is_one_line(tmp_path, monkeypatch):
+    def broken(*_):
+        raise AttributeError("no attribute\nof two lines")
+
+    monkeypatch.setattr("sphinx.application.Sphinx", broken)
+    with pytest.raises(StudyError, match="cannot be built: no attribute; correct that page"):
+        report._render(tmp_path, tmp_path / "out")
+
+
 def test_a_place_that_nothing_fills_is_named(tmp_path):
     (tmp_path / "index.md").write_text("# A\n\n{{ clams }}\n")
     with pytest.raises(StudyError, match=r"docs/index\.md has a place 'clams'"):

@@ -60,7 +60,7 @@ TARGETS = {
     "prune": ("02_ternary_training", "03_fp16_pruning"),
 }
 # What builds the site, and what the site shows besides a run: files of the checkout.
-SITE = tuple(f"study/{name}.py" for name in ("claims", "pages", "report", "shipped_page", "web"))
+SITE = tuple(f"study/{name}.py" for name in ("claims", "markup", "pages", "report", "shipped_page", "web"))
 EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
 EVIDENCE += ("runs/ablations/evidence*.csv", "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
@@ -307,7 +307,7 @@ def main(arguments: list[str]) -> int:
         name.removeprefix("STUDY_"): value for name, value in os.environ.items() if name.startswith("STUDY_")
     }
     goals = given.pop("GOALS", "") or " ".join(arguments)
-    for name in ("GIVEN", "KNOWN", "PYTHON", "BENCH"):
+    for name in ("GIVEN", "KNOWN", "PYTHON", "BENCH", "SECONDS"):
         given.pop(name, None)
     try:
         return run(arguments[0], Request(given, goals))

@@ -22,7 +22,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 
-from ..errors import StudyError
+from ..errors import StudyError, one_line, reason
 from ..files import ROOT, write_fault
 from . import pages
 from .claims import EVIDENCE, claims, load_shipped
@@ -72,6 +72,8 @@ def build_site(run_folder: str | Path) -> Path:
 
 
 def _notebook(path: Path) -> nbformat.NotebookNode:
+    if not re.fullmatch(r"\w[\w-]*", path.stem):  # it names a page and stands in links
+        raise StudyError(f"{path} cannot be a page; rename it to letters, digits, _ and -, or remove it")
     try:
         return nbformat.read(path, 4)
     except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
@@ -149,7 +151,6 @@ def _contents(source: Path, notebooks: list[str], toy: list[str]) -> str:
 
 def _render(source: Path, out: Path) -> None:
     from sphinx.application import Sphinx
-    from sphinx.errors import SphinxError
 
     # Ours, and what was made for this site. Sphinx takes a relative path for one beside conf.py.
     own = {"html_static_path": [str((source / "_static").resolve())]}
@@ -158,11 +159,12 @@ def _render(source: Path, out: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             app = Sphinx(source, DOCS, out, out.parent / "doctrees", "html", own, None, warnings)
             app.build(force_all=True)
-    except SphinxError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StudyError(f"the site cannot be built: {reason}; correct that page") from error
+    except OSError:  # of the disk: told by who called
+        raise
+    except Exception as error:  # SphinxError, or whatever a page of a stranger makes of it
+        raise StudyError(f"the site cannot be built: {reason(error)}; correct that page") from error
     told = re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).replace(f"{source}{os.sep}", "")
-    sys.stderr.write(told)
+    sys.stderr.write("".join(f"{one_line(line)}\n" for line in told.splitlines()))
     for left in (".buildinfo", "objects.inv"):
         (out / left).unlink(missing_ok=True)
 
