@@ -4,7 +4,8 @@
 // convolution adds up stays in a core's first cache: vectors of pixels go into registers, and nothing is multiplied.
 // Three outputs are made at a time. An input enters them as one of 26 patterns of signs and zeros; inputs of one
 // pattern are added up once, for all three. That is 0.29 additions for each weight where half of them are 0, instead
-// of 0.5, and of the weights only lists of inputs are kept, sorted by pattern, a byte for each.
+// of 0.5, and of the weights only lists of inputs are kept, sorted by pattern, a byte for each. Where most weights are 0
+// the lists would be so short that the branches at their ends take longer: there each output has its own.
 //
 // Depthwise convolutions take planes with a border of zeros, which the 1x1 convolution before them writes, a few
 // channels at a time. Before a stride of 2 the pixels of a row are stored even ones first, so it is one of 1 as well.
@@ -29,8 +30,11 @@ constexpr long SIDE = 32, COLOURS = 3;        // of an image
 constexpr long BLOCK = 64;                    // pixels of a block
 constexpr int VECTORS = LANES == 16 ? 4 : 2;  // of pixels in registers, for each of three outputs
 constexpr long SOME = VECTORS * LANES;        // pixels at a time
-constexpr long INPUTS = 128;                  // as many channels of a block fit the first cache
-constexpr int PATTERNS = 13, COUNTS = 2 * PATTERNS;
+constexpr int PATTERNS = 13, COUNTS = 2 * PATTERNS, SHARED_PATTERNS = 10;  // the first: of more outputs than one
+// Parts of a convolution's weights that are not 0: fewer, and outputs share no sums; fewer, and more inputs are added up
+// at a time, for the lists to be longer, than fit the first cache beside all else.
+constexpr double APART_BELOW = 0.2, LONG_BELOW = 0.45;
+constexpr long INPUTS = 128, MORE_INPUTS = 192;
 constexpr long UNIT = 8, PROJECT_UNIT = 16;  // triples of outputs that a thread takes
 constexpr long BORDER = 3;                   // rows of zeros above and below: a kernel of 7 reaches so far
 constexpr long STEM_UNIT = 8, STEM_OUTPUTS = 4;
@@ -69,7 +73,8 @@ struct Swish {
 
 // Some consecutive inputs to some consecutive outputs, without the scale.
 struct Part {
-  long first_in, in, first_out, out, chunks, chunk;  // chunk: inputs of one
+  long first_in, in, first_out, out, chunks = 1, chunk;  // chunk: inputs of one
+  bool is_apart = false;                             // no patterns but those of one output
   std::vector<uint8_t> counts;                       // (chunks, triples, COUNTS): of inputs with a pattern
   std::vector<uint8_t> inputs;                       // of a chunk, in this order
   std::vector<uint32_t> starts;                      // (chunks, triples): in `inputs`
@@ -78,7 +83,11 @@ struct Part {
   // weights (out, in)
   Part(const float* weights, bool is_ternary, long first_in, long in, long first_out, long out)
       : first_in(first_in), in(in), first_out(first_out), out(out) {
-    chunks = is_ternary ? (in + INPUTS - 1) / INPUTS : 1;
+    if (is_ternary) {
+      const double part = 1 - double(std::count(weights, weights + in * out, 0.0f)) / double(in * out);
+      const long inputs = part < LONG_BELOW ? MORE_INPUTS : INPUTS;
+      chunks = (in + inputs - 1) / inputs, is_apart = part < APART_BELOW;
+    }
     chunk = (in + chunks - 1) / chunks;
     const auto weight = [&](long o, long i) { return o < out ? weights[o * in + i] : 0.0f; };
     if (!is_ternary) {
@@ -90,12 +99,13 @@ struct Part {
     for (long c = 0; c < chunks; c++)
       for (long t = 0; t < triples(); t++) {
         starts.push_back(uint32_t(inputs.size()));
-        for (const auto& pattern : PATTERN)
+        for (int p = 0; p < PATTERNS; p++)
           for (int sign = 1; sign >= -1; sign -= 2) {
             const size_t before = inputs.size();
             for (long i = c * chunk; i < std::min(in, (c + 1) * chunk); i++) {
-              bool fits = true;
-              for (int j = 0; j < 3; j++) fits &= weight(3 * t + j, i) == float(sign * pattern[j]);
+              bool fits = !is_apart || p >= SHARED_PATTERNS;
+              for (int j = 0; j < 3; j++)
+                fits &= weight(3 * t + j, i) == float(sign * PATTERN[p][j]) || (is_apart && !PATTERN[p][j]);
               if (fits) inputs.push_back(uint8_t(i - c * chunk));
             }
             counts.push_back(uint8_t(inputs.size() - before));
@@ -136,29 +146,33 @@ inline __attribute__((always_inline)) void add_triple(const Part& part, long chu
     add_list<1>(sum, next, *count++, x, one);
     add_list<-1>(sum, next, *count++, x, one);
   };
-  {  // (1, 1, 1), (1, 1, -1), (1, 1, 0)
-    Some same = {}, other = {};
-    both(same), both(other);
-    EACH c[v] += one * same[v], c[v] -= one * other[v], same[v] += one * other[v];
-    both(same);
-    EACH a[v] += one * same[v], b[v] += one * same[v];
-  }
-  {  // (1, -1, 1), (1, -1, -1), (1, -1, 0)
-    Some same = {}, other = {};
-    both(same), both(other);
-    EACH c[v] += one * same[v], c[v] -= one * other[v], same[v] += one * other[v];
-    both(same);
-    EACH a[v] += one * same[v], b[v] -= one * same[v];
-  }
-  {  // (1, 0, 1), (1, 0, -1)
-    Some same = {}, other = {};
-    both(same), both(other);
-    EACH c[v] += one * same[v], c[v] -= one * other[v], a[v] += one * same[v], a[v] += one * other[v];
-  }
-  {  // (0, 1, 1), (0, 1, -1)
-    Some same = {}, other = {};
-    both(same), both(other);
-    EACH c[v] += one * same[v], c[v] -= one * other[v], b[v] += one * same[v], b[v] += one * other[v];
+  if (part.is_apart) {
+    count += 2 * SHARED_PATTERNS;
+  } else {
+    {  // (1, 1, 1), (1, 1, -1), (1, 1, 0)
+      Some same = {}, other = {};
+      both(same), both(other);
+      EACH c[v] += one * same[v], c[v] -= one * other[v], same[v] += one * other[v];
+      both(same);
+      EACH a[v] += one * same[v], b[v] += one * same[v];
+    }
+    {  // (1, -1, 1), (1, -1, -1), (1, -1, 0)
+      Some same = {}, other = {};
+      both(same), both(other);
+      EACH c[v] += one * same[v], c[v] -= one * other[v], same[v] += one * other[v];
+      both(same);
+      EACH a[v] += one * same[v], b[v] -= one * same[v];
+    }
+    {  // (1, 0, 1), (1, 0, -1)
+      Some same = {}, other = {};
+      both(same), both(other);
+      EACH c[v] += one * same[v], c[v] -= one * other[v], a[v] += one * same[v], a[v] += one * other[v];
+    }
+    {  // (0, 1, 1), (0, 1, -1)
+      Some same = {}, other = {};
+      both(same), both(other);
+      EACH c[v] += one * same[v], c[v] -= one * other[v], b[v] += one * same[v], b[v] += one * other[v];
+    }
   }
   both(a), both(b), both(c);
 }
@@ -395,8 +409,21 @@ struct Own {
   std::vector<Buffer> planes;  // of each block
 };
 
-// Threads that work on one image wait here for each other; spinning, for the others are nearly done as well.
+// Waits until `done`: at first spinning, for the others are nearly done as well; where one of them has lost its core to
+// another process, asleep.
+template <class Done> void wait_for(std::mutex& mutex, std::condition_variable& changed, Done done) {
+  for (long spins = 0; spins < 4000; spins++) {
+    if (done()) return;
+    _mm_pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex);
+  changed.wait(lock, done);
+}
+
+// Threads that work on one image wait here for each other.
 struct Barrier {
+  std::mutex mutex;
+  std::condition_variable changed;
   std::atomic<int> waiting{0};
   std::atomic<unsigned> round{0};
   void wait(int size) {
@@ -404,12 +431,14 @@ struct Barrier {
     const unsigned now = round.load();
     if (waiting.fetch_add(1) + 1 == size) {
       waiting = 0;
-      round++;
-      return;
+      {
+        std::lock_guard<std::mutex> lock(mutex);  // or one that is about to sleep would not hear of it
+        round++;
+      }
+      changed.notify_all();
+    } else {
+      wait_for(mutex, changed, [&] { return round.load() != now; });
     }
-    for (long spins = 0; round.load() == now; spins++)
-      if (spins < 4000) _mm_pause();
-      else std::this_thread::yield();
   }
 };
 
@@ -641,7 +670,7 @@ struct Network {
 // Threads that stay: of the process, for all networks.
 struct Pool {
   std::mutex mutex;
-  std::condition_variable begin;
+  std::condition_variable begin, end;
   std::vector<std::thread> threads;
   std::atomic<unsigned> round{0};
   std::atomic<int> left{0};
@@ -651,17 +680,20 @@ struct Pool {
 
   void serve(int rank, unsigned seen) {
     for (;;) {
-      for (long spins = 0; round.load() == seen && spins < 4000; spins++) _mm_pause();
+      wait_for(mutex, begin, [&] { return round.load() != seen; });
       int size;
       const std::function<void(int)>* body;
       {
-        std::unique_lock<std::mutex> lock(mutex);
-        begin.wait(lock, [&] { return round.load() != seen; });
+        std::lock_guard<std::mutex> lock(mutex);
         seen = round.load(), size = wanted, body = work;
       }
       if (rank >= size) continue;
       (*body)(rank);
-      left--;
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+        left--;
+      }
+      end.notify_one();
     }
   }
   // body(rank) for rank 0 .. size - 1 at once, 0 on the thread that calls.
@@ -677,9 +709,7 @@ struct Pool {
     }
     begin.notify_all();
     body(0);
-    for (long spins = 0; left.load() > 0; spins++)
-      if (spins < 4000) _mm_pause();
-      else std::this_thread::yield();
+    wait_for(mutex, end, [&] { return left.load() == 0; });
   }
   // A forked process has none of its parent's threads; what is left of them is never freed.
   static Pool& of_process(std::mutex& guard) {
