@@ -130,9 +130,9 @@ help: .known ## this list
 
 ##! targets for maintainers
 .PHONY: faults fuzz bench notebooks pretrained
-faults: $(ENVIRONMENT) ## kill, damage and fill on purpose: 30 kills, 3,900 files, hostile names and pages, full disks
+faults: $(ENVIRONMENT) ## kills, damaged files, hostile names and pages, full disks, all on purpose
 	@$(PY) tests/faults.py
-fuzz: $(ENVIRONMENT) ## hand changed files to each reader, guided by coverage [SECONDS=]; needs pip install atheris
+fuzz: $(ENVIRONMENT) ## hand changed files to each reader, guided by coverage [SECONDS=]; needs atheris
 	@$(PY) tests/fuzz/fuzz.py --seconds "$${STUDY_SECONDS:-600}"
 bench: $(ENVIRONMENT) ## time the released way and ours side by side [BENCH=--quick]; writes runs/bench/bench.json
 	@set -f; $(PY) benchmarks/bench.py $$STUDY_BENCH
