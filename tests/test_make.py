@@ -377,6 +377,8 @@ def finished_run(folder):
     for name in ship.EVIDENCE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
+    log = "2026-11-24 14:17:31 train: epoch 0: lr 0.1, 90.5 s\n2026-11-24 14:19:00 train: resume\n"
+    (folder / "train" / "log.txt").write_text(log + log.replace("epoch 0", "epoch 1").replace("90.5", "7.0"))
     told = {"command": "make prune", "parameters": {"DATA": "/home/somebody/images/cifar100.npz", "SEED": 0}}
     (folder / "provenance.json").write_text(json.dumps(told))
 
@@ -389,7 +391,11 @@ def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_pa
         name: source for source, name in ship.EVIDENCE.items()
     }
     told = json.loads((shipped / "provenance.json").read_text())
-    assert told == {"command": "make prune", "parameters": {"DATA": "cifar100.npz", "SEED": 0}}
+    assert told == {
+        "command": "make prune",
+        "parameters": {"DATA": "cifar100.npz", "SEED": 0},
+        "epoch_seconds": {"train": [90.5, 7.0], "prune": []},
+    }
 
 
 def test_shipping_half_a_run_is_refused_and_copies_nothing(tmp_path):

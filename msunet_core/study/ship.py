@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import StudyError
 from ..files import atomic_path, atomic_write, read_text
+from ..training.records import epoch_seconds
 
 # -- what is committed -------------------------------------------------------------------------
 
@@ -30,6 +31,9 @@ def ship(run: Path, folder: Path) -> None:
     data = provenance["parameters"].get("DATA")
     if data:
         provenance["parameters"]["DATA"] = Path(data).name
+    provenance["epoch_seconds"] = {
+        stage: list(epoch_seconds(run / stage).values()) for stage in ("train", "prune")
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in EVIDENCE.items():
         with atomic_path(folder / name) as partial:

@@ -15,6 +15,7 @@ from ..model.ternary import TernaryConv2d
 from .claims import Shipped
 from .pages import figure, kinds_table, provenance_table, table
 from .profile import load_profile
+from .published import published_record
 
 # Drawn for a column of a phone: 5.2 inches are 500 CSS pixels, shrunk by no more than a third there.
 WIDTH = 5.2
@@ -22,7 +23,7 @@ COLOURS = {"train": "tab:blue", "prune": "tab:orange"}
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
 RANKED_FROM = 80  # percent of the test images right, a hard threshold (specification §1)
 ABSENT = "No network is shipped: `make pretrained` puts one there.\n"
-PARTS_OF_THE_PAGE = ("headline", "curves", "zeros", "score", "bytes", "provenance")
+PARTS_OF_THE_PAGE = ("headline", "budget", "curves", "zeros", "score", "bytes", "provenance")
 
 
 def shipped_parts(shipped: Shipped | None, folder: Path) -> dict[str, str]:
@@ -33,6 +34,7 @@ def shipped_parts(shipped: Shipped | None, folder: Path) -> dict[str, str]:
         "headline": _headline(shipped)
         + "\nMore, with its curves, zeros and bytes: [the shipped network](shipped.md).\n",
         "shipped_headline": _headline(shipped),
+        "shipped_budget": _budget(shipped, folder),
         "shipped_curves": _curves(shipped, folder),
         "shipped_zeros": _zeros(shipped.model, folder),
         "shipped_score": _score(shipped),
@@ -69,6 +71,49 @@ def _save(drawn: plt.Figure, folder: Path, name: str) -> str:
         drawn.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(drawn)
     return f"figures/{name}.svg"
+
+
+def _budget(shipped: Shipped, folder: Path) -> str:
+    """Accuracy of the stages one after the other, by epochs beside the published record, and by hours."""
+    if not shipped.histories:
+        return ABSENT
+    record = published_record()
+    seconds = shipped.provenance.get("epoch_seconds", {})
+    timed = all(len(seconds.get(stage, ())) == len(run) for stage, run in shipped.histories.items())
+    drawn, axes = plt.subplots(
+        1 + timed, figsize=(WIDTH, 2.8 * (1 + timed)), layout="constrained", squeeze=False
+    )
+    axes = axes[:, 0]
+    axes[0].plot(record["epoch"] + 1, record["top1"], "o-", ms=3, color="0.5", label="published")
+    epochs, hours = 0, 0.0
+    for stage, history in shipped.histories.items():
+        tested = history["test_top1"].notna()
+        look = dict(ms=3, color=COLOURS[stage], label=f"here: {stage}")
+        axes[0].plot(epochs + 1 + history["epoch"][tested], history["test_top1"][tested], "s-", **look)
+        epochs += len(history)
+        if timed:
+            spent = hours + pd.Series(seconds[stage]).cumsum() / 3600
+            axes[1].plot(spent[tested.to_numpy()], history["test_top1"][tested], "s-", **look)
+            hours = spent.iloc[-1]
+    axes[0].set(xlabel="epochs", xscale="log", title="Accuracy by epochs")
+    if timed:
+        axes[1].set(
+            xlabel=f"hours on {shipped.provenance['hardware']['cores']} cores", title="Accuracy by time"
+        )
+    for ax in axes:
+        ax.set(ylabel="top-1 (%)", ylim=(0, 85))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    last = shipped.histories["prune" if "prune" in shipped.histories else "train"]["test_top1"].iloc[-1]
+    words = f"The network shipped here reaches {last:.1f} % in {epochs} epochs"
+    words += f" and {hours:.1f} hours" if timed else ""
+    return figure(
+        _save(drawn, folder, "shipped-budget"),
+        f"Top-1 over epochs on a logarithmic axis, the published record beside ours. {words}.",
+        f"What a small budget buys. {words}; before its pruning, the published one took "
+        f"{record['epoch'].max() + 1:,} epochs.",
+        "fig-shipped-budget",
+    )
 
 
 def _curves(shipped: Shipped, folder: Path) -> str:

@@ -7,6 +7,7 @@ import csv
 import datetime
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import one_line
-from ..files import append_line, atomic_write
+from ..files import append_line, atomic_write, read_text
 from .events import Events
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
@@ -58,6 +59,16 @@ class Records:
     def events(self, first_epoch: int) -> contextlib.AbstractContextManager[Events | None]:
         """TensorBoard's scalars from that epoch on."""
         return Events(self.folder, first_epoch) if self.writes else contextlib.nullcontext()
+
+
+def epoch_seconds(folder: Path) -> dict[int, float]:
+    """Wall seconds by epoch, as ``log.txt`` of a stage has them; of an epoch that was resumed, since then."""
+    path = folder / "log.txt"
+    log = read_text(path) if path.is_file() else ""
+    return {
+        int(epoch): float(seconds)
+        for epoch, seconds in re.findall(r": epoch (\d+): .*, ([\d.]+) s$", log, re.MULTILINE)
+    }
 
 
 def _table(rows: list[dict]) -> str:
