@@ -238,7 +238,7 @@ def try_pages(scratch: Path, quick: bool = False) -> dict:
         "survived": tried - len(ran) + refused,
         "executed": len(ran),
         "lost": len(others) + len(names.places) - refused,
-        "tracebacks": "Traceback" in complaints.getvalue(),
+        "tracebacks": int("Traceback" in complaints.getvalue()),
     }
 
 
