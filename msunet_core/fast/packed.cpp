@@ -10,7 +10,8 @@
 // Depthwise convolutions take planes with a border of zeros, which the 1x1 convolution before them writes, a few
 // channels at a time. Before a stride of 2 the pixels of a row are stored even ones first, so it is one of 1 as well.
 //
-// Many images go to threads one by one. A single one is shared: threads take parts of each layer and wait for each
+// Many images go to threads a few at a time: where an image has only one block, a list is then read for several blocks,
+// and its branches are predicted from the second one on. A single one is shared: threads take parts of each layer and wait for each
 // other. Which thread computes a value has no influence on its bits. Nothing but the C++ library is used: no OpenMP,
 // so that a process needs to load nothing of PyTorch.
 
@@ -37,6 +38,7 @@ constexpr double APART_BELOW = 0.2, LONG_BELOW = 0.45;
 constexpr long INPUTS = 128, MORE_INPUTS = 192;
 constexpr long UNIT = 8, PROJECT_UNIT = 16;  // triples of outputs that a thread takes
 constexpr long BORDER = 3;                   // rows of zeros above and below: a kernel of 7 reaches so far
+constexpr long GROUP = 4;                    // images that go through the last layers together
 constexpr long STEM_UNIT = 8, STEM_OUTPUTS = 4;
 
 typedef vec Some[VECTORS];  // SOME pixels
@@ -355,18 +357,26 @@ __attribute__((noinline)) float depthwise(const Grid& grid, const float* plane, 
 
 // --- small layers --------------------------------------------------------------------------
 
-// A matrix of few values: of squeeze-excitation, where nine in ten may be 0.
+// A matrix of few values: of squeeze-excitation, where nine in ten may be 0. Of `rows` long rows, whether these are its
+// outputs or its inputs, for a short one takes longer to begin than to go through.
 struct Sparse {
   std::vector<uint32_t> starts{0};
   std::vector<uint16_t> columns;
   std::vector<float> values, bias;
-  void read(const float* weights, const float* biases, long rows, long width) {
-    bias.assign(biases, biases + rows);
+  // value(row, column)
+  template <class Value> void read(long rows, long width, const float* biases, long outputs, Value value) {
+    bias.assign(biases, biases + outputs);
     for (long r = 0; r < rows; r++) {
       for (long c = 0; c < width; c++)
-        if (const float value = weights[r * width + c]) columns.push_back(uint16_t(c)), values.push_back(value);
+        if (const float v = value(r, c)) columns.push_back(uint16_t(c)), values.push_back(v);
       starts.push_back(uint32_t(values.size()));
     }
+  }
+  // Of inputs x, one for each row, to outputs y.
+  void columns_of(const float* x, float* y) const {
+    std::copy(bias.begin(), bias.end(), y);
+    for (size_t r = 0; r + 1 < starts.size(); r++)
+      for (long i = starts[r]; i < starts[r + 1]; i++) y[columns[i]] += values[i] * x[r];
   }
   float row(long r, const float* x) const {
     float sums[4] = {bias[r]};
@@ -399,14 +409,14 @@ struct Block {
   long blocks_out() const { return width_out * width_out / BLOCK; }
 };
 
-// What a single image needs, and what each thread needs beside it.
+// What a group of images needs, and what each thread needs beside it.
 struct Shared {
-  Buffer x, y, wide, pooled;
+  Buffer x, y, wide, pooled, together;   // together: what the last blocks get, of all images of the group
   std::vector<std::atomic<long>> taken;  // units of each stage
 };
 struct Own {
   Buffer image, partial, reduced;
-  std::vector<Buffer> planes;  // of each block
+  std::vector<Buffer> planes;  // of each block, for a unit of channels
 };
 
 // Waits until `done`: at first spinning, for the others are nearly done as well; where one of them has lost its core to
@@ -462,20 +472,29 @@ struct Network {
   std::vector<std::unique_ptr<Shared>> shared;
   std::vector<std::unique_ptr<Own>> own;
 
-  long stages() const { return 2 * long(blocks.size()) + 1; }
+  // From this block on an image is one block of pixels, and the images of a group are blocks side by side.
+  size_t last_blocks() const {
+    size_t i = 0;
+    while (i < blocks.size() && blocks[i].blocks() > 1) i++;
+    return i;
+  }
+  long images_of(size_t block, long images) const { return block < last_blocks() ? 1 : images; }
 
   // Memory for so many threads.
   void prepare(size_t threads) {
     long narrow = 0, wide = head.out, largest = 0;
-    for (const Block& b : blocks) {
-      narrow = std::max({narrow, b.in * b.width * b.width, b.out * b.width_out * b.width_out});
+    for (size_t i = 0; i < blocks.size(); i++) {
+      const Block& b = blocks[i];
+      const long pixels = images_of(i, GROUP) * BLOCK;
+      narrow = std::max({narrow, b.in * b.blocks() * pixels, b.out * b.blocks_out() * pixels});
       wide = std::max(wide, b.wide);
-      largest = std::max(largest, b.wide * b.width_out * b.width_out);
+      largest = std::max(largest, b.wide * b.blocks_out() * pixels);
     }
     while (shared.size() < threads) {
       auto made = std::make_unique<Shared>();
-      made->x.resize(narrow), made->y.resize(narrow), made->wide.resize(largest), made->pooled.resize(wide);
-      made->taken = std::vector<std::atomic<long>>(stages());
+      made->x.resize(narrow), made->y.resize(narrow), made->wide.resize(largest);
+      made->pooled.resize(GROUP * wide), made->together.resize(narrow);
+      made->taken = std::vector<std::atomic<long>>(GROUP * 2 * blocks.size() + 1);
       shared.push_back(std::move(made));
     }
     while (own.size() < threads) {
@@ -483,7 +502,8 @@ struct Network {
       made->image.resize(COLOURS * stem_grid().size);
       made->partial.resize(3 * PROJECT_UNIT * SOME);
       made->reduced.resize(2 * padded(wide));
-      for (const Block& b : blocks) made->planes.emplace_back(3 * UNIT * b.grid.size);
+      for (size_t i = 0; i < blocks.size(); i++)
+        made->planes.emplace_back(images_of(i, GROUP) * 3 * UNIT * blocks[i].grid.size);
       own.push_back(std::move(made));
     }
   }
@@ -555,54 +575,59 @@ struct Network {
   }
 
   // What comes before the projection, of the channels of a unit.
-  template <class Act> void widen(const Team& team, const Block& b, long index, long unit) const {
+  template <class Act> void widen(const Team& team, const Block& b, long index, long images, long unit) const {
     Shared& shared = *team.shared;
-    float* planes = team.own->planes[index].data();
+    const auto plane = [&](long image, long channel) {
+      return team.own->planes[index].data() + (image * 3 * UNIT + channel) * b.grid.size;
+    };
     long first, end;
     if (b.has_expansion) {
       const auto [part, begin, until] = b.expand_units[unit];
       first = part->first_out + 3 * begin, end = part->first_out + std::min(part->out, 3 * until);
       const float *scale = b.expand.scale.data(), *shift = b.expand.shift.data();
-      for (long block = 0; block < b.blocks(); block++)
+      for (long block = 0; block < images * b.blocks(); block++)
         add_up(*part, begin, until, &shared.x[block * b.in * BLOCK], team.own->partial.data(),
                [&](long o, long pixel, Some& sums) {
                  Some values;
                  EACH values[v] = Act::value(sums[v] * scale[o] + shift[o]);
-                 b.grid.write(planes + (o - first) * b.grid.size, block * BLOCK + pixel, values);
+                 b.grid.write(plane(block / b.blocks(), o - first), block % b.blocks() * BLOCK + pixel, values);
                });
     } else {
       first = unit * STEM_UNIT, end = std::min(stem_channels, first + STEM_UNIT);
       for (long c = first; c < end; c += STEM_OUTPUTS)
-        stem_outputs(team.own->image.data(), c, shared.x.data(), b.grid, planes + (c - first) * b.grid.size);
+        stem_outputs(team.own->image.data(), c, shared.x.data(), b.grid, plane(0, c - first));
     }
-    for (long c = first; c < end; c++)
-      shared.pooled[c] = depthwise_act<Act>(b, c, planes + (c - first) * b.grid.size, shared.wide.data()) /
-                         float(b.width_out * b.width_out);
+    for (long image = 0; image < images; image++)
+      for (long c = first; c < end; c++) {
+        float* y = &shared.wide[image * b.blocks_out() * b.wide * BLOCK];
+        shared.pooled[image * b.wide + c] =
+            depthwise_act<Act>(b, c, plane(image, c - first), y) / float(b.width_out * b.width_out);
+      }
   }
 
-  void gate(const Team& team, const Block& b) const {
+  void gate(const Team& team, const Block& b, long image) const {
     Shared& shared = *team.shared;
     float* reduced = team.own->reduced.data();
     for (long r = 0; r < b.reduced; r++) {
-      const float value = b.reduce.row(r, shared.pooled.data());
+      const float value = b.reduce.row(r, &shared.pooled[image * b.wide]);
       reduced[r] = value * logistic(value);
     }
     const long begin = b.wide / 4 * team.rank / team.size * 4, end = b.wide / 4 * (team.rank + 1) / team.size * 4;
     float* gates = reduced + padded(b.reduced);
-    for (long c = begin; c < end; c++) gates[c - begin] = b.excite.row(c, reduced);
-    for (long c = 0; c < end - begin; c += LANES) store(gates + c, sigmoid(load(gates + c)));
-    for (long block = 0; block < b.blocks_out(); block++)
+    b.excite.columns_of(reduced, gates);
+    for (long c = 0; c < b.wide; c += LANES) store(gates + c, sigmoid(load(gates + c)));
+    for (long block = image * b.blocks_out(); block < (image + 1) * b.blocks_out(); block++)
       for (long c = begin; c < end; c++) {
         float* pixels = &shared.wide[(block * b.wide + c) * BLOCK];
-        const vec gate = vec{} + gates[c - begin];
+        const vec gate = vec{} + gates[c];
         for (long p = 0; p < BLOCK; p += LANES) store(pixels + p, load(pixels + p) * gate);
       }
   }
 
-  void project(const Team& team, const Block& b, long unit) const {
+  void project(const Team& team, const Block& b, long images, long unit) const {
     Shared& shared = *team.shared;
-    const long block = unit / long(b.project_units.size());
-    const auto [part, begin, end] = b.project_units[unit % b.project_units.size()];
+    const long blocks = images * b.blocks_out(), block = unit % blocks;
+    const auto [part, begin, end] = b.project_units[unit / blocks];
     const float *scale = b.project.scale.data(), *shift = b.project.shift.data();
     add_up(*part, begin, end, &shared.wide[block * b.wide * BLOCK], team.own->partial.data(),
            [&](long o, long pixel, Some& sums) {
@@ -618,38 +643,65 @@ struct Network {
            });
   }
 
-  void run(const Team& team, const uint8_t* image, float* scores) const {
+  // Through a block, from x to y.
+  void run_block(const Team& team, size_t index, long images, long& stage) const {
+    const Block& b = blocks[index];
+    const long units = b.has_expansion ? long(b.expand_units.size()) : (stem_channels + STEM_UNIT - 1) / STEM_UNIT;
+    take(team, stage++, units, [&](long unit) {
+      if (b.is_silu) widen<Swish>(team, b, long(index), images, unit);
+      else widen<Relu>(team, b, long(index), images, unit);
+    });
+    team.wait();
+    if (b.reduced) {
+      for (long image = 0; image < images; image++) gate(team, b, image);
+      team.wait();
+    }
+    take(team, stage++, images * b.blocks_out() * long(b.project_units.size()),
+         [&](long unit) { project(team, b, images, unit); });
+    team.wait();
+  }
+
+  // Up to GROUP images.
+  void run(const Team& team, const uint8_t* bytes, long images, float* scores) const {
     Shared& shared = *team.shared;
-    normalise(image, team.own->image.data());
+    const size_t last = last_blocks();
     long stage = 0;
-    for (size_t i = 0; i < blocks.size(); i++) {
-      const Block& b = blocks[i];
-      const long units = b.has_expansion ? long(b.expand_units.size()) : (stem_channels + STEM_UNIT - 1) / STEM_UNIT;
-      take(team, stage++, units, [&](long unit) {
-        if (b.is_silu) widen<Swish>(team, b, long(i), unit);
-        else widen<Relu>(team, b, long(i), unit);
-      });
-      team.wait();
-      if (b.reduced) gate(team, b), team.wait();
-      take(team, stage++, b.blocks_out() * long(b.project_units.size()), [&](long unit) { project(team, b, unit); });
-      team.wait();
+    for (long image = 0; image < images; image++) {
+      normalise(bytes + image * SIDE * SIDE * COLOURS, team.own->image.data());
+      for (size_t i = 0; i < last; i++) {
+        run_block(team, i, 1, stage);
+        if (team.rank == 0) {
+          shared.x.swap(shared.y);
+          const long size = blocks[last].in * BLOCK;
+          if (i + 1 == last) std::copy(shared.x.data(), shared.x.data() + size, &shared.together[image * size]);
+        }
+        team.wait();
+      }
+    }
+    if (team.rank == 0) shared.x.swap(shared.together);
+    team.wait();
+    for (size_t i = last; i < blocks.size(); i++) {
+      run_block(team, i, images, stage);
       if (team.rank == 0) shared.x.swap(shared.y);
       team.wait();
     }
     take(team, stage++, long(head_units.size()), [&](long unit) {
       const auto [part, begin, end] = head_units[unit];
-      std::fill(&shared.pooled[part->first_out + 3 * begin],
-                &shared.pooled[part->first_out] + std::min(part->out, 3 * end), 0.0f);
-      add_up(*part, begin, end, shared.x.data(), team.own->partial.data(), [&](long o, long, Some& sums) {
-        vec total = {};
-        EACH total += Relu::value(sums[v] * head.scale[o] + head.shift[o]);
-        for (long i = 0; i < LANES; i++) shared.pooled[o] += total[i];
-      });
+      for (long image = 0; image < images; image++)
+        add_up(*part, begin, end, &shared.x[image * head.in * BLOCK], team.own->partial.data(),
+               [&](long o, long pixel, Some& sums) {
+                 vec total = {};
+                 EACH total += Relu::value(sums[v] * head.scale[o] + head.shift[o]);
+                 float& pooled = shared.pooled[image * head.out + o];
+                 if (pixel == 0) pooled = 0;
+                 for (long i = 0; i < LANES; i++) pooled += total[i];
+               });
     });
     team.wait();
     if (team.rank == 0) {
       for (auto& taken : shared.taken) taken = 0;
-      classify(shared.pooled.data(), scores);
+      for (long image = 0; image < images; image++)
+        classify(&shared.pooled[image * head.out], scores + image * classes);
     }
     team.wait();
   }
@@ -762,7 +814,10 @@ int msunet_packed_block(void* given, long in, long wide, long out, long width, l
   for (long c = 0; c < wide; at += uint32_t(kernels[c] * kernels[c]), c++) b.channels.push_back({int(kernels[c]), at});
   b.taps.assign(taps, taps + at), b.shift.assign(shift, shift + wide);
   b.reduced = reduced;
-  if (reduced) b.reduce.read(reduce, reduce_bias, reduced, wide), b.excite.read(excite, excite_bias, wide, reduced);
+  if (reduced) {
+    b.reduce.read(reduced, wide, reduce_bias, reduced, [&](long r, long c) { return reduce[r * wide + c]; });
+    b.excite.read(reduced, wide, excite_bias, wide, [&](long r, long c) { return excite[c * reduced + r]; });
+  }
   return 1;
 } catch (const std::bad_alloc&) {
   return 0;
@@ -804,14 +859,17 @@ int msunet_packed_scores(void* given, const uint8_t* images, long count, float* 
   std::lock_guard<std::mutex> lock(net.running);
   net.prepare(size_t(threads));
   const long bytes = SIDE * SIDE * COLOURS, each = count / threads * threads;
+  const long turns_of_each = (each / threads + GROUP - 1) / GROUP;
+  const long group = turns_of_each ? (each / threads + turns_of_each - 1) / turns_of_each : 0;  // none larger than others
   std::atomic<long> next{0};
   Barrier barrier;
   const std::function<void(int)> work = [&](int rank) {
     const Team alone{1, 0, &barrier, net.shared[rank].get(), net.own[rank].get()};
-    for (long n; (n = next++) < each;) net.run(alone, images + n * bytes, scores + n * net.classes);
+    for (long n; (n = next.fetch_add(group)) < each;)
+      net.run(alone, images + n * bytes, std::min(group, each - n), scores + n * net.classes);
     const Team team{threads, rank, &barrier, net.shared[0].get(), net.own[rank].get()};
     if (each < count) team.wait();  // the first thread's memory is shared from here on
-    for (long n = each; n < count; n++) net.run(team, images + n * bytes, scores + n * net.classes);
+    for (long n = each; n < count; n++) net.run(team, images + n * bytes, 1, scores + n * net.classes);
   };
   if (threads == 1) {
     work(0);
