@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from msunet_core import score, unpack
 from msunet_core.measure.unpack import SHIPPED
+from msunet_core.study.ablations import read_results
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -72,6 +74,20 @@ def test_the_table_of_speed_is_the_committed_measurement(monkeypatch):
 
     report = json.loads((ROOT / "benchmarks" / "bench.json").read_text())
     assert bench.markdown(report).strip() in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_the_table_of_recipes_is_the_committed_measurement():
+    lines = (ROOT / "docs" / "recipes.md").read_text().splitlines()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = read_results(ROOT / "runs" / "recipes", "short").table.iloc[1:].dropna(subset="mean")
+    assert told[1:] == [
+        [row["choice"], row["value"], f"{row['mean']:.1f}", _points(row["difference"])]
+        for _, row in rows.iterrows()
+    ]
+
+
+def _points(difference: float) -> str:
+    return "" if math.isnan(difference) else f"{difference:+.1f}"
 
 
 def test_a_newcomer_reads_it_in_one_sitting():

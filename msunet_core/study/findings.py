@@ -88,14 +88,15 @@ def budget_of(results: Results) -> str:
     base = results.table.iloc[0]
     sizes = budget["image_sizes"]
     shrunk = f", {len(sizes)} of them on images shrunk to {sizes} pixels" if sizes else ""
-    hours = made["wall_seconds"] / 3600
+    hours = made["seconds_of_all_runs"] / 3600
+    threads = " or ".join(f"{n} thread{'s' * (n > 1)}" for n in made["threads_per_run"])
     return (
         f"{budget['training_images']:,} training and {budget['test_images']:,} test images of "
         f"{budget['classes']} classes; networks of width {budget['width']:g}; "
         f"{budget['epochs']} epochs{shrunk}; "
         f"{len(made['seeds'])} seeds a row. The baseline reaches {base['mean']:.1f} % top-1, where the "
         f"published network at full width and 1,050 epochs reached 80.1 %. {made['runs']} runs took "
-        f"{hours:.1f} hours on {', '.join(made['processors'])}, {made['hardware']['cores']} cores. "
+        f"{hours:.1f} hours together, each on {threads} of {', '.join(made['processors'])}. "
         "What is found here holds for networks this narrow, trained this briefly; it says nothing of long "
         "training, which is what regularizers are made for."
     )
