@@ -229,8 +229,9 @@ esac
 
 @pytest.fixture
 def bare(checkout):
-    """A machine whose python3.12 is found but does not run, as a pyenv shim, and whose python3.11 does."""
-    checkout.write("bin/python3.12", "#!/bin/sh\nexit 127\n").chmod(0o755)
+    """A machine whose newer Pythons are found but do not run, as pyenv's shims, and whose python3.11 does."""
+    for minor in (12, 13, 14):
+        checkout.write(f"bin/python3.{minor}", "#!/bin/sh\nexit 127\n").chmod(0o755)
     checkout.write("bin/python3.11", SYSTEM_PYTHON).chmod(0o755)
     checkout.path = f"{checkout.folder}/bin:{os.environ['PATH']}"
     return checkout

@@ -48,7 +48,8 @@ def built(tmp_path_factory) -> tuple[Path, str]:
     complaints: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report.sys.stderr, "write", complaints.append)
-        report.build_site(run)
+        patch.chdir(run.parent)  # as `make reproduce` names a run: by a relative path
+        report.build_site(run.name)
     return run / "site", "".join(complaints)
 
 
@@ -129,6 +130,12 @@ def test_every_internal_link_and_every_file_that_a_page_needs_is_there(site, pag
                 if unquote(parts.fragment) not in other.ids:
                     dead.append((name, address))
     assert not dead
+
+
+def test_any_host_serves_the_scripts_of_a_run_that_was_named_by_a_relative_path(site):
+    for name in ("msunet.js", "try_it.js", "score.js", "msunet_v3.js", "msunet.css", "study.css"):
+        assert (site / "_static" / name).stat().st_size > 500, name
+    assert (site / ".nojekyll").is_file()  # without it GitHub Pages leaves out _static
 
 
 def test_no_page_style_or_script_names_another_host_to_load_from(site, pages):

@@ -181,6 +181,15 @@ def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
         plt.close(figure)
 
 
+def test_a_logarithmic_axis_shows_numbers_and_no_formula_in_letters():
+    table = pd.DataFrame({"choice": ["a"] * 3, "value": ["x", "y", "z"], "top1": [1.0, 2.0, 3.0]})
+    figure = figures.plot_trade_off(table.assign(score=[0.001, 0.03, 0.9]))
+    figure.draw_without_rendering()
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert {"0.001", "0.01", "0.1"} <= set(shown) and not [text for text in shown if "math" in text]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_a_sheet_takes_any_number_of_pictures(count):
     sheet = figures.show_images(torch.zeros(count, 32, 32, 3, dtype=torch.uint8), ["a"])

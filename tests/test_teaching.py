@@ -40,6 +40,7 @@ def test_a_run_that_falls_short_of_the_published_set_up_says_in_what(study):
         and "at most 2" in study.about()
     )
     assert study.about().count("\n") == 0
+    assert study.about("the shipped network") == ""
 
 
 def test_the_real_thing_says_nothing_and_each_shortfall_alone_is_enough(tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
     far.axhline(RANKED_TOP1, color="0.6", linewidth=0.8, linestyle=":")
     for ax in (near, far):
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(x=0.15, y=0.12)
         ax.set(xlabel="score (log scale, lower is better)", ylabel="top-1 (%), mean over seeds")

@@ -15,7 +15,8 @@ from ..data.images import MEAN, STD
 plt.rcParams.update(
     {
         "figure.dpi": 100,
-        "text.parse_math": False,  # class names are names: one may hold a dollar sign
+        # Class names are names: one may hold a dollar sign. A logarithmic axis then needs a formatter of its own.
+        "text.parse_math": False,
         "axes.grid": True,
         "grid.alpha": 0.3,
         "axes.spines.top": False,
@@ -87,6 +88,7 @@ def plot_trade_off(table: pd.DataFrame) -> plt.Figure:
             place = (row["score"], row["top1"])
             ax.annotate(row["value"][:20], place, xytext=(5, 3), textcoords="offset points", fontsize=7)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="score (lower is better, log scale)", ylabel="top-1 (%)")
     ax.set_title("Upper left is better: accuracy against score")
     ax.legend(fontsize=8)

@@ -65,6 +65,7 @@ def build_site(run_folder: str | Path) -> Path:
             _stage(folder, notebooks, source)
             _render(source, out)
             _offer(folder, notebooks, out / "downloads")
+            (out / ".nojekyll").touch()  # or GitHub Pages leaves out every folder that begins with _
             _replace(folder / "site", out, Path(scratch, "old"))
     except OSError as error:
         raise write_fault(error.filename or folder / "site", error) from error

@@ -118,9 +118,12 @@ class Study:
         """Whether the run falls short of the published set-up: other images, fewer of them, another width."""
         return bool(self._shortfalls())
 
-    def about(self) -> str:
-        """One sentence that tells a toy from the real thing, made from the profile; empty for the latter."""
-        if not self.is_toy():
+    def about(self, name: str = "the network of this run") -> str:
+        """What tells a toy from the real thing, made from the profile; empty for the latter.
+
+        name : what :meth:`trained` calls the network that is spoken of; the shipped one is no toy
+        """
+        if name == "the shipped network" or not self.is_toy():
             return ""
         words = ", ".join(self._shortfalls())
         return (

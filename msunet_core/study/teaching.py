@@ -177,6 +177,7 @@ def plot_stability(layers: pd.DataFrame) -> plt.Figure:
         ):
             ax.plot(rows["epochs"], values, **style)
     axes[0].set(yscale="log", ylabel="spread of W (1 = before training)", title="Does W keep its size?")
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[1].set(ylabel="share of zeros in T", ylim=(-0.02, 1), title="Zeros of each layer")
     axes[2].set(ylabel="share of output channels", ylim=(-0.02, 1), title="Output channels that are all zero")
     for ax in axes:
