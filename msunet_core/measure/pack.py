@@ -27,12 +27,13 @@ from .packed_format import (
 from .packed_reader import Reader
 from .scoring import SPARSE_FROM
 
-# Largest |difference| of class scores at O3 that merging may make, in parts of the largest |score|. Source
-# and merged network round to 11 bits at other places, some 20 layers in a row, twice each: by chance that
+# How much farther from those of FP64 merging may move class scores at O3, in parts of the largest |score|.
+# Source and merged network round to 11 bits at other places, some 20 layers in a row, twice each: by chance that
 # comes to sqrt(40) * 2^-11 = 0.003 of the scores. Three times that is allowed, beside what FP16 moves the
-# source's own scores at O3 away from those at O0: much, where dead channels are amplified layer after layer.
+# source's own scores: much, where dead channels are amplified layer after layer.
 MERGE_TOLERANCE = 0.01
 _TINY = 2.0**-24  # the smallest FP16 number above 0
+_ROUNDING = 2.0**-12  # of a value in FP16, in parts of it, typically
 _NEARBY = 64  # FP16 numbers on either side, up to 6 % away
 
 
@@ -173,8 +174,9 @@ def _round_together(norm: nn.BatchNorm2d, scale: Tensor) -> tuple[Tensor, Tensor
 
     Where the mean is many deviations from 0, scale * mean and shift are large and nearly cancel: with each
     rounded to the nearest, their sum would be off by much. Over x of the norm's mean and variance outputs are
-    off by (scale' - scale)^2 * variance + (scale' * mean + shift' - bias)^2 on average. A channel that never
-    varied so gets the scale 0, and the layers behind it do not amplify its rounding.
+    off by (scale' - scale)^2 * variance + (scale' * mean + shift' - bias)^2 on average, and by
+    scale'^2 * (2^-12 * mean)^2 because x comes from rounded values. A channel that never varied so gets the
+    scale 0, also where its variance is not 0 but the rounding of FP32, and nothing amplifies its rounding.
     """
     mean, variance, bias = (t.detach().double() for t in (norm.running_mean, norm.running_var, norm.bias))
     steps = torch.arange(-_NEARBY, _NEARBY + 1, device=scale.device, dtype=torch.int16).view(-1, 1)
@@ -182,6 +184,7 @@ def _round_together(norm: nn.BatchNorm2d, scale: Tensor) -> tuple[Tensor, Tensor
     near = torch.cat([near, torch.zeros_like(near[:1])])
     shift = (bias - near.double() * mean).half()
     off = (near - scale) ** 2 * variance + (near.double() * mean + shift - bias) ** 2
+    off += (near.double() * _ROUNDING * mean) ** 2
     best = off.nan_to_num(torch.inf, torch.inf).argmin(0, keepdim=True)
     return near.gather(0, best)[0], shift.gather(0, best)[0]
 
