@@ -103,7 +103,7 @@ def test_what_a_real_jupyterlab_saves_is_what_is_committed(tmp_path):
         window.wait_for("!!window.jupyterapp && !!document.querySelector('.jp-DirListing')", 120)
         for name in before:
             window.evaluate(
-                f"jupyterapp.commands.execute('docmanager:open', {{path: '{name}.ipynb'}}).then((widget) =>"
+                f"jupyterapp.commands.execute('docmanager:open', {{path: '{name}.ipynb', kernel: {{name: 'python3'}}}}).then((widget) =>"
                 "widget.context.ready.then(() => widget.sessionContext.ready)"
                 ".then(() => widget.sessionContext.session.kernel.info).then(() => widget.context.save()))"
             )
