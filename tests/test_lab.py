@@ -102,8 +102,9 @@ def test_what_a_real_jupyterlab_saves_is_what_is_committed(tmp_path):
         window.call("Page.navigate", url=f"http://{found[1]}/lab?token={found[2]}&reset")
         window.wait_for("!!window.jupyterapp && !!document.querySelector('.jp-DirListing')", 120)
         for name in before:
+            opened = json.dumps({"path": f"{name}.ipynb", "kernel": {"name": "python3"}})
             window.evaluate(
-                f"jupyterapp.commands.execute('docmanager:open', {{path: '{name}.ipynb'}}).then((widget) =>"
+                f"jupyterapp.commands.execute('docmanager:open', {opened}).then((widget) =>"
                 "widget.context.ready.then(() => widget.sessionContext.ready)"
                 ".then(() => widget.sessionContext.session.kernel.info).then(() => widget.context.save()))"
             )

@@ -15,7 +15,7 @@ from ..data.images import MEAN, STD
 plt.rcParams.update(
     {
         "figure.dpi": 100,
-        # Class names are names: one may hold a dollar sign. A logarithmic axis then needs its own formatter.
+        # Class names are names: one may hold a dollar sign. Logarithmic axes get plain formatters for it.
         "text.parse_math": False,
         "axes.grid": True,
         "grid.alpha": 0.3,

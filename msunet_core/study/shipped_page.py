@@ -161,9 +161,9 @@ def _curves(shipped: Shipped, folder: Path) -> str:
         xlabel="epoch", ylabel="test accuracy (%)", title="Accuracy on the 10,000 test images", ylim=(0, 100)
     )
     right.axhline(published_table().loc["MSUNet-v3", "top1"], color="grey", ls=":", label="published top-1")
-    for ax, free in ((left, "upper right"), (right, "upper left")):
+    for ax, free, columns in ((left, "upper right", 1), (right, "lower right", 2)):
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc=free)
+        ax.legend(fontsize=8, loc=free, ncols=columns)
     words = "; ".join(told)
     return figure(
         _save(loss, folder, "shipped-loss"),
