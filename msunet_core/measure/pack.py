@@ -29,8 +29,8 @@ from .scoring import SPARSE_FROM
 
 # How much farther from those of FP64 merging may move class scores at O3, in parts of the largest |score|.
 # Source and merged network round to 11 bits at other places, some 20 layers in a row, twice each: by chance
-# that comes to sqrt(40) * 2^-11 = 0.003 of the scores. Three times that is allowed, beside what FP16 moves the
-# source's own scores: much, where dead channels are amplified layer after layer.
+# that comes to sqrt(40) * 2^-11 = 0.003 of the scores. Three times that is allowed, beside what FP16 moves
+# the scores of the source: much, where dead channels are amplified layer after layer.
 MERGE_TOLERANCE = 0.01
 _TINY = 2.0**-24  # the smallest FP16 number above 0
 _ROUNDING = 2.0**-12  # of a value in FP16, in parts of it, typically
