@@ -124,9 +124,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
-    """Write `content` (a str as UTF-8) to `path`, whole or not at all."""
+    """Write `content` (a str as UTF-8) to `path`, whole or not at all; if it holds that already, it stays."""
+    path, content = Path(path), content.encode() if isinstance(content, str) else content
+    with contextlib.suppress(OSError):
+        is_plain = path.is_file() and not path.is_symlink()
+        if is_plain and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
 
 
 def keep_as(path: Path, kept: Path) -> None:

@@ -44,6 +44,19 @@ def test_text_and_bytes_arrive_whole(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.txt"]
 
 
+def test_a_file_that_holds_the_content_already_keeps_its_time(tmp_path):
+    path, link = tmp_path / "a.csv", tmp_path / "link.csv"
+    atomic_write(path, "one\n")
+    os.utime(path, (1, 1))
+    link.symlink_to(path)
+    atomic_write(path, "one\n")
+    assert path.stat().st_mtime == 1
+    atomic_write(link, "one\n")
+    assert not link.is_symlink() and path.stat().st_mtime == 1
+    atomic_write(path, "two\n")
+    assert path.stat().st_mtime > 1 and path.read_text() == "two\n"
+
+
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "metrics.json"
     atomic_write(path, "old")

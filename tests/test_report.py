@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from io import BytesIO
 
 import matplotlib.pyplot as plt
@@ -207,6 +208,34 @@ def test_a_notebook_whose_name_is_no_plain_word_is_no_page(tmp_path, name):
     nbformat.write(new_notebook(), tmp_path / f"{name}.ipynb")
     with pytest.raises(StudyError, match="rename it"):
         report.build_site(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("provenance.json", {"parameters": 3}),
+        ("provenance.json", {"notebooks": {"01_a": 3}}),
+        ("provenance.json", {"packages": "x"}),
+        (
+            "01_a.ipynb",
+            {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "code"}]},
+        ),
+        ("01_a.ipynb", {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": 3}),
+    ],
+)
+def test_what_no_run_writes_is_refused_in_one_line(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(report, "_render", lambda source, out: None)
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# One")]), tmp_path / "01_a.ipynb")
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(StudyError, match=r"run (its notebooks|it) again") as refused:
+        report.build_site(tmp_path)
+    assert str(refused.value).isprintable()
+
+
+def test_json_too_deep_to_read_is_refused_in_one_line(tmp_path):
+    (tmp_path / "metrics.json").write_text("[" * 100_000)
+    with pytest.raises(StudyError, match=r"metrics.json is not JSON"):
+        report._read(tmp_path / "metrics.json")
 
 
 def test_a_page_that_breaks_sphinx_is_one_line(tmp_path, monkeypatch):

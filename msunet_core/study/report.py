@@ -67,8 +67,15 @@ def build_site(run_folder: str | Path) -> Path:
             _offer(folder, notebooks, out / "downloads")
             (out / ".nojekyll").touch()  # or GitHub Pages leaves out every folder that begins with _
             _replace(folder / "site", out, Path(scratch, "old"))
+    except StudyError:
+        raise
     except OSError as error:
         raise write_fault(error.filename or folder / "site", error) from error
+    except Exception as error:  # a folder of a stranger may hold anything in the place of anything
+        raise StudyError(
+            f"{folder} has a notebook, provenance.json or metrics.json that no run writes "
+            f"({type(error).__name__}: {reason(error)}); run its notebooks again"
+        ) from error
     return folder / "site" / "index.html"
 
 
@@ -77,7 +84,7 @@ def _notebook(path: Path) -> nbformat.NotebookNode:
         raise StudyError(f"{path} cannot be a page; rename it to letters, digits, _ and -, or remove it")
     try:
         return nbformat.read(path, 4)
-    except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+    except Exception as error:  # nbformat raises its own and others' kinds
         raise StudyError(
             f"{path} is not a notebook ({type(error).__name__}); remove it and run it again"
         ) from error
@@ -232,8 +239,10 @@ def _read(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
-        raise StudyError(f"{path} is not JSON ({error}); remove it and run its notebook again") from error
+    except (ValueError, RecursionError) as error:
+        raise StudyError(
+            f"{path} is not JSON ({reason(error)}); remove it and run its notebook again"
+        ) from error
     return content if isinstance(content, dict) else {}
 
 
