@@ -19,7 +19,7 @@ from ..errors import StudyError
 from ..files import ROOT, atomic_write, read_text
 from .profile import load_profile
 
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill", "nbconvert", "ipykernel")
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill", "ipykernel", "sphinx")
 
 
 def seed_of(values: Mapping[str, object]) -> object:
