@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,7 +255,7 @@ def _json(path: Path) -> dict:
 
 
 def _file(path: Path) -> Path:
-    return path / CHECKPOINT if path.is_dir() else path
+    return path / CHECKPOINT if os.path.isdir(path) else path
 
 
 def _test_data(arguments: argparse.Namespace, model):

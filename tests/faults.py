@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
@@ -63,6 +64,7 @@ CLOCKS = (
     (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
     (signal.SIGALRM, signal.ITIMER_REAL, PATIENCE),
 )
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 STAGES = ("train", "prune")
 PARTS = ("kills", "files", "values", "pages", "disks")
 # The smoke profile, narrower and with fewer images: 30 steps and 5 checkpoints in some seconds.
@@ -146,7 +148,11 @@ def ended(child: int, due: Callable[[float], bool], pause: float = 0.01) -> tupl
             return os.waitstatus_to_exitcode(status), False
         if due(time.monotonic() - began):
             os.killpg(child, signal.SIGKILL)
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), True
+            status = os.waitpid(child, 0)[1]
+            with contextlib.suppress(ChildProcessError):  # its children are ours now, and hold its locks yet
+                while True:
+                    os.waitpid(-child, 0)
+            return os.waitstatus_to_exitcode(status), True
         time.sleep(pause)
 
 
@@ -945,6 +951,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a short version: training alone, no disks")
     parser.add_argument("--open", nargs="+", help=argparse.SUPPRESS)  # the process for damaged files
     arguments = parser.parse_args()
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)  # whose parent was killed becomes a child of this process
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     if arguments.open:

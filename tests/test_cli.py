@@ -271,6 +271,14 @@ def test_a_hostile_value_is_refused_in_one_line(capsys, npz, tmp_path, arguments
     assert line.startswith("error: ") and said in line and len(line) <= 307 and line.isprintable()
 
 
+@pytest.mark.parametrize(
+    "arguments", [["score"], ["validate", "--data", "synthetic"]], ids=["score", "validate"]
+)
+def test_a_name_too_long_for_a_file_is_refused_in_one_line(capsys, arguments):
+    assert "is not a file" in error_of(capsys, *arguments, "9" * 5000)
+    assert "is unknown" in error_of(capsys, "data", "--profile", "9" * 5000 + ".yaml")
+
+
 def test_the_largest_seed_trains(capsys, npz, tmp_path):
     common = ["--data", npz, "--device", "cpu", "--set", *SHORT]
     assert main(["train", "--out", str(tmp_path), "--seed", str(2**63 - 1), *common]) == 0

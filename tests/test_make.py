@@ -202,6 +202,11 @@ def write_pngs(folder: Path, *names: str) -> None:
             Image.new("RGB", (32, 32)).save(folder / split / name)
 
 
+@pytest.mark.parametrize("name", ["9" * 5000, "~no such person/images.npz"])
+def test_a_name_of_data_that_can_be_no_file_has_a_digest_and_is_refused_later(name):
+    assert make.data_digest(name) == ""
+
+
 def test_an_image_more_in_a_class_folder_reruns_all_whatever_the_class_is_called(checkout):
     folder = checkout.folder / "images"
     write_pngs(

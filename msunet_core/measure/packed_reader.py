@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Reader:
 
     def _bytes(self) -> bytes:
         path = Path(self.path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise StudyError(f"packed network {str(path)!r} is not a file; check the path")
         if path.stat().st_size > MAX_BYTES:
             raise self.refuse(

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickletools
 import re
 import warnings
@@ -238,7 +239,7 @@ def read_momentum(path: str | Path) -> dict[str, Tensor]:
 
 
 def _refuse_missing(path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise StudyError(f"checkpoint {str(path)!r} is not a file; check the path")
     size = path.stat().st_size
     if size == 0:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -73,8 +74,8 @@ def source_of(profile: Profile) -> Source:
     """The images that a profile's ablations take: at most ``ablation_limit`` of each class and split."""
     own = profile.data
     limits = [limit for limit in (own.limit, profile.ablation_limit) if limit is not None]
-    path = Path(own.source).expanduser()
-    name = str(path.absolute()) if path.exists() else own.source
+    path = os.path.expanduser(own.source)
+    name = os.path.abspath(path) if os.path.exists(path) else own.source
     source = Source(name, min(limits, default=None), profile.seed, str(Path("data").absolute()))
     return dataclasses.replace(source, fingerprint=source.load().fingerprint)
 

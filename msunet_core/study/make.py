@@ -158,7 +158,7 @@ def notebook_digest(path: Path) -> str:
 
 def file_digest(path: Path) -> str:
     """Digest of a file's bytes; "" where there is no regular file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
@@ -166,8 +166,8 @@ def file_digest(path: Path) -> str:
 
 def data_digest(data: str) -> str:
     """Digest of an .npz; of a folder of images the names, sizes and times, since reading takes minutes."""
-    path = Path(data).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(data))
+    if not os.path.isdir(path):
         return file_digest(path)
     digest = hashlib.blake2b(digest_size=8)
     for folder, folders, files in os.walk(path, followlinks=True):

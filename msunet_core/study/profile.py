@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -175,7 +176,7 @@ def load_profile(
     StudyError : unknown profile, variant, name or value, with the nearest known one
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise StudyError(
             f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
         )
