@@ -54,6 +54,11 @@ def test_a_table_holds_numbers_to_six_digits_and_no_markup_of_a_name():
     assert '<td class="number">0.0108312</td>' in shown and '<td class="number">1,234,567</td>' in shown
 
 
+def test_a_link_into_the_documentation_leads_to_its_page_on_the_site(tmp_path):
+    cells = made(tmp_path, new_markdown_cell("More in [speed](../docs/speed.md) and [05](05.ipynb)."))
+    assert "More in [speed](speed.md) and [05](05.ipynb)." in [cell.source for cell in cells]
+
+
 def test_set_up_is_folded_and_what_follows_is_not(tmp_path):
     cells = made(
         tmp_path,

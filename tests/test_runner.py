@@ -176,7 +176,6 @@ def test_refreshing_a_notebook_in_place_leaves_nothing_of_the_machine(notebook, 
         "of-another-machine",
         str(ROOT),
         sys.prefix,
-        sys.version.split()[0],
     ):
         assert word not in first
     runner.refresh_notebook(path)

@@ -300,7 +300,8 @@ def site_notebook(
         if cell.cell_type != "code":
             if headings := re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE):
                 section = headings[-1]
-            cells.append(cell)
+            here = cell.source.replace("](../docs/", "](")  # pages lie beside each other on the site
+            cells.append(nbformat.from_dict({**cell, "source": here}))
             continue
         tags = list(cell.metadata.get("tags", ()))
         imports = cell.source.lstrip().startswith(("import ", "from "))
