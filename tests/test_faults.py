@@ -118,7 +118,8 @@ def test_the_table_counts_what_was_lost(faults):
 @pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium")
 def test_what_runs_or_fetches_on_a_page_is_noticed(tmp_path):
-    forms = [form for form in faults_pages.FORMS if form.startswith("<")]
+    # A page that sends its reader elsewhere is never seen whole: opening it fails, which is noticed too.
+    forms = [form for form in faults_pages.FORMS if form.startswith("<") and "http-equiv" not in form]
     payloads = faults_pages.Payloads()
     site = tmp_path / "site"
     site.mkdir()
