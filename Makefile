@@ -109,7 +109,7 @@ test: lint ## ruff, all tests, and every notebook against its stored outputs
 	$(PY) -m pytest -n auto --dist worksteal
 	@$(FRESH_RUNS) $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 900 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
-test-fast: lint ## ruff and the quick tests, in under a minute
+test-fast: lint ## ruff and the quick tests, a few minutes
 	$(PY) -m pytest -q -n auto --dist worksteal -m "not slow"
 lint: $(ENVIRONMENT) ## ruff, rules and format
 	$(PY) -m ruff check .
