@@ -163,7 +163,7 @@ def move_aside(folder: Path) -> Path:
         new.mkdir()
         try:
             os.link(folder / LOCK, new / LOCK)
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError):  # without hard links, it is unheld between two renames
             os.rename(folder / LOCK, new / LOCK)
         os.rename(folder, aside)
         os.rename(new, folder)  # fails if somebody made that folder meanwhile
