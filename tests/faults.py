@@ -911,7 +911,8 @@ def try_vanishing(scratch: Path, data: Path) -> Row:
 
     def remove_it(folder: Path, seconds: float) -> bool:
         if (folder / "train" / CHECKPOINT).exists():
-            shutil.rmtree(folder)
+            gone = folder.rename(folder.with_name("removed"))  # at once: a file may be written meanwhile
+            shutil.rmtree(gone, ignore_errors=True)
         return False
 
     status, output = run(commands(folder, data, ("train",)), folder, remove_it)
