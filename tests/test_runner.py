@@ -107,6 +107,20 @@ def test_a_kernel_that_dies_is_a_failing_cell(notebook, output):
     assert not output.exists()
 
 
+def test_a_stage_that_trains_for_hours_shows_how_far_it_is(notebook, output, capfd):
+    path = notebook(
+        "from msunet_core.study.run import live_line",
+        "show = live_line()",
+        "show(1, 9, 'train epoch 1/3, loss 4.100')",
+        "display({'text/plain': 'a table'}, raw=True)",
+    )
+    runner.run_notebook(path, output, {})
+    shown = capfd.readouterr().err
+    assert "train epoch 1/3, loss 4.100, step 1 of 9" in shown
+    assert "a table" not in shown
+    assert "step 1 of 9" in nbformat.read(output, 4).cells[-2].outputs[0].data["text/plain"]
+
+
 def test_parameters_that_the_notebook_has_not_are_refused_before_anything_is_touched(notebook, output):
     path = notebook()
     output.parent.mkdir(parents=True)

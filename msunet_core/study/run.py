@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -212,6 +213,10 @@ class Study:
         return f"{name}: {value:.4g} is OUTSIDE {low:g} .. {high:g}"
 
 
+# Display ids that begin so are of a line of progress; the runner shows those in the terminal.
+PROGRESS = "msunet-progress"
+
+
 def live_line() -> Progress | bool:
     """In a notebook, one line updated in place with an ETA; elsewhere the terminal's progress bar."""
     try:
@@ -245,6 +250,6 @@ class _LiveLine:
             "text/plain": f"{text}, step {done} of {total}, {int(seconds // 60)}:{int(seconds % 60):02d} left"
         }
         if self.handle is None:
-            self.handle = self.display(line, raw=True, display_id=True)
+            self.handle = self.display(line, raw=True, display_id=f"{PROGRESS}-{uuid.uuid4().hex}")
         else:
             self.handle.update(line, raw=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -22,10 +23,13 @@ import nbformat
 import papermill
 from ipykernel.kernelspec import KERNEL_NAME, get_kernel_dict
 from jupyter_client import AsyncKernelManager
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 
 from ..errors import StudyError, closest, one_line
 from ..files import ROOT, atomic_write, write_fault
 from .provenance import peak_memory_of, record
+from .run import PROGRESS
 
 WHOLE_NUMBERS = ("SEED", "LIMIT")
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
@@ -157,9 +161,10 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> i
                 kernel_manager_class=kernel_manager,
                 on_cell_start=stop_if_asked,
                 on_cell_executed=note_memory,
+                engine_name=_Engine.NAME,
                 progress_bar={"desc": name},
-                stderr_file=sys.stderr,  # the epochs' progress bars
-                coalesce_streams=True,  # of each bar, the last state
+                stderr_file=sys.stderr,
+                coalesce_streams=True,
                 cwd=str(ROOT),
             )
             stop_if_asked()
@@ -173,6 +178,35 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> i
                 f"{name}: cell {_running_cell(output)} failed: the kernel died; was the memory enough?"
             ) from error
     return max(peaks, default=None)
+
+
+class _Client(PapermillNotebookClient):
+    """Shows a stage's own line of progress behind the bar of the cells: a cell may train for hours."""
+
+    shown = -math.inf
+
+    def process_message(self, message, cell, index):
+        content, now = message["content"], time.monotonic()
+        line = str(content.get("transient", {}).get("display_id", "")).startswith(PROGRESS)
+        if line and self.nb_man.pbar and now - self.shown >= (0.5 if sys.stderr.isatty() else 60):
+            self.shown = now  # in a log, a line a minute
+            self.nb_man.pbar.set_postfix_str(content["data"]["text/plain"])
+        return super().process_message(message, cell, index)
+
+
+class _Engine(NBClientEngine):
+    """Papermill's own, with our client."""
+
+    NAME = "study"
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, **options):
+        known = PapermillNotebookClient.class_traits()
+        taken = {name: value for name, value in options.items() if name in known}
+        return _Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, **taken).execute()
+
+
+papermill_engines.register(_Engine.NAME, _Engine)
 
 
 @contextlib.contextmanager
