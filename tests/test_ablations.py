@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,8 +164,8 @@ def test_rows_are_what_their_runs_say_and_equal_runs_are_computed_once(tiny, ima
 
 
 def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path):
-    profile = tiny()
-    grid = load_grid(profile, factors={"weights": FACTORS["weights"]}, seeds=[0, 1])
+    profile, own_grid = tiny(), shutil.copy(GRID, tmp_path / "mine.yaml")
+    grid = load_grid(profile, own_grid, factors={"weights": FACTORS["weights"]}, seeds=[0, 1])
     found = run_ablations(profile, grid, tmp_path / "out", progress=False)
     read = read_results(tmp_path / "out", "smoke")
     for name in ("table", "seeds", "curves"):
@@ -180,6 +181,7 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path):
         made["seeds"] == [0, 1] and made["budget"]["epochs"] == 1 and made["budget"]["training_images"] == 24
     )
     assert made["runs"] == 4 and made["wall_seconds"] >= 0 and made["processors"]
+    assert made["command"] == "python -m msunet_core ablations --profile smoke --grid mine.yaml --jobs 1"
 
 
 def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import pandas as pd
 from ..errors import StudyError
 from ..files import atomic_write, lock_folder
 from ..training.records import Progress, shown_progress
-from .grid import Grid
+from .grid import GRID, Grid
 from .grid_runs import Plan, finished, perform, plan, source_of, versions
 from .profile import Profile
 from .statistics import effect
@@ -242,6 +242,7 @@ def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
     return {
         **made,
         "command": f"python -m msunet_core ablations --profile {profile.name} "
+        + ("" if grid.path == GRID else f"--grid {grid.path.name} ")
         + ("--scheduler ADDRESS" if scheduler else f"--jobs {jobs}"),
         "started": before.get("started", now),
         "wall_seconds": round(before.get("wall_seconds", 0) + time.time() - began),

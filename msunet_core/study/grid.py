@@ -34,10 +34,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows, and the seeds that each of them is trained with."""
+    """Rows, the seeds that each of them is trained with, and the file that they come from."""
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
+    path: Path = GRID
 
 
 def load_grid(
@@ -81,7 +82,7 @@ def load_grid(
             except StudyError as error:
                 raise StudyError(f"row {factor}: {level}: {error}") from error
             rows.append(Row(str(factor), str(level), own, rows[-1].choice != str(factor)))
-    return Grid(tuple(rows), _seeds(tree.get("seeds") if seeds is None else seeds, path))
+    return Grid(tuple(rows), _seeds(tree.get("seeds") if seeds is None else seeds, path), Path(path))
 
 
 def _seeds(seeds: object, path) -> tuple[int, ...]:
