@@ -13,7 +13,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 ##! variables, as in `make reproduce PROFILE=quick DEVICE=cuda`
 
 # Set here, so that only the command line gives them: DATA or SEED in somebody's environment is not meant for us.
-PROFILE := # smoke, cpu, quick, paper or a .yaml file (default smoke)
+PROFILE := # smoke, cpu2h, cpu, quick, paper or a .yaml file (default smoke)
 RUN := # name of the folder below runs/ (default: the profile's name)
 DATA := # synthetic, cifar100, an .npz or a folder (default: the profile's)
 DEVICE := # auto, cpu, cuda, ... (default: the profile's)

@@ -167,7 +167,7 @@ def load_profile(
 
     Parameters
     ----------
-    name : "smoke", "cpu", "quick", "paper", or the path of a .yaml file of the same form
+    name : "smoke", "cpu2h", "cpu", "quick", "paper", or the path of a .yaml file of the same form
     variant, data, limit, seed, device : replace the profile's own where not None
     overrides : "train.epochs=3" and the like, a sequence or one string separated by spaces
 

@@ -61,7 +61,7 @@ class Study:
 
     Parameters
     ----------
-    profile : "smoke", "cpu", "quick", "paper" or a .yaml file
+    profile : "smoke", "cpu2h", "cpu", "quick", "paper" or a .yaml file
     data : "synthetic", "cifar100", an .npz or a folder; None: the profile's
     run : name of the folder below ``runs/``
     device, seed, limit, variant : replace the profile's own where not None

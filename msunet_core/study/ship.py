@@ -15,6 +15,7 @@ from ..training.records import epoch_seconds
 # What of a run is shipped beside its network: how it went, and how it was made.
 EVIDENCE = {
     "train/history.csv": "train_history.csv",
+    "train/layers.csv": "train_layers.csv",
     "prune/history.csv": "prune_history.csv",
     "figures/02_curves.png": "train_curves.png",
     "figures/03_curves.png": "prune_curves.png",
