@@ -19,7 +19,7 @@ def refused(message, **arguments):
 
 
 def test_the_profiles_of_the_study_can_all_be_read_for_all_variants():
-    assert profile_names() == ["cpu", "evidence", "paper", "quick", "smoke"]
+    assert profile_names() == ["cpu", "cpu2h", "evidence", "paper", "quick", "smoke"]
     for name in profile_names():
         for variant in ("v1", "v2", "v3"):
             profile = load_profile(name, variant=variant)
@@ -94,7 +94,7 @@ def test_expected_bands_hold_for_the_profiles_own_data_alone(tmp_path):
     [
         (
             {"name": "smok"},
-            "profile 'smok' is unknown; did you mean 'smoke'? choose one of cpu, evidence, paper, ",
+            "profile 'smok' is unknown; did you mean 'smoke'? choose one of cpu, cpu2h, evidence, paper, ",
         ),
         ({"name": "missing.yaml"}, "profile 'missing.yaml' is unknown"),
         ({"variant": "v4"}, "variant 'v4' is unknown; choose one of v1, v2, v3"),
