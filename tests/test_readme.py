@@ -11,6 +11,7 @@ import pytest
 
 from msunet_core import score, unpack
 from msunet_core.measure.unpack import SHIPPED
+from msunet_core.model.ternary import layer_statistics
 from msunet_core.study.ablations import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,13 @@ def test_the_row_says_how_the_shipped_network_was_made():
 def test_the_shipped_file_is_at_most_a_twentieth_larger_than_its_score_says():
     scored = score(unpack(SHIPPED, "O0"), "O3")
     assert SHIPPED.stat().st_size <= 1.05 * 4 * scored.params
+
+
+def test_no_ternary_layer_of_the_shipped_network_froze():
+    layers = layer_statistics(unpack(SHIPPED, "O0"))
+    assert len(layers) == 18
+    assert all(0.35 <= layer["zeros"] <= 0.65 for layer in layers)
+    assert all(layer["empty_channels"] <= 0.02 for layer in layers)
 
 
 def test_the_shipped_files_name_no_path_of_a_machine():
