@@ -163,7 +163,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, str | int]) -> i
                 on_cell_executed=note_memory,
                 engine_name=_Engine.NAME,
                 progress_bar={"desc": name},
-                stderr_file=sys.stderr,
+                stderr_file=sys.stderr,  # what a stage has to say
                 coalesce_streams=True,
                 cwd=str(ROOT),
             )
