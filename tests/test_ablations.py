@@ -207,6 +207,48 @@ def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, monkeypatch):
     assert len(computed) == len(set(computed)) == 6
 
 
+def test_results_travel_without_their_folders_and_only_what_is_added_is_computed(tiny, tmp_path, monkeypatch):
+    """As in a fresh clone: the file of the runs is there, their folders are not."""
+    real, computed = ablations.perform, []
+
+    def noted(run, *arguments):
+        if len(computed) == stop_at:
+            raise KeyboardInterrupt
+        computed.append(run.folder.parent.name.rsplit("-", 1)[0])
+        return real(run, *arguments)
+
+    monkeypatch.setattr(ablations, "perform", noted)
+    first = load_grid(tiny(), factors={"weights": FACTORS["weights"], "pruner": FACTORS["pruner"]}, seeds=[0])
+    stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_ablations(tiny(), first, tmp_path, progress=False)
+    assert computed == ["train-baseline-v3", "train-weights-float"]
+    shutil.rmtree(tmp_path / "smoke")
+    stop_at = None
+    found = run_ablations(tiny(), first, tmp_path, progress=False)
+    # A pruning goes on from weights, so its training is needed again; the float network is not.
+    assert computed[2:] == ["train-baseline-v3", "prune-pruner-V2"]
+    shutil.rmtree(tmp_path / "smoke")
+    pd.testing.assert_frame_equal(run_ablations(tiny(), first, tmp_path, progress=False).table, found.table)
+    assert len(computed) == 4
+    more = load_grid(
+        tiny(),
+        factors={"weights": {**FACTORS["weights"], "binary": {"network.weights": "binary"}}},
+        seeds=[0],
+    )
+    found = run_ablations(tiny(), more, tmp_path, progress=False)
+    assert computed[4:] == ["train-weights-binary"]
+    assert found.table["n"].tolist() == [1] * 4
+    pruned = json.loads((tmp_path / "smoke_runs.json").read_text())
+    assert sum(name.startswith("prune-pruner-V2") for name in pruned) == 1, "what another grid needs is kept"
+
+
+def test_a_file_of_runs_that_cannot_be_read_is_named(tiny, tmp_path):
+    (tmp_path / "smoke_runs.json").write_text("{")
+    with pytest.raises(StudyError, match=r"smoke_runs\.json cannot be read .* remove it or restore it"):
+        run_ablations(tiny(), load_grid(tiny(), seeds=[0]), tmp_path, progress=False)
+
+
 def test_a_row_that_diverges_is_reported_and_the_others_go_on(tiny, tmp_path, data, capsys):
     factors = tmp_path / "grid.yaml"
     factors.write_text(

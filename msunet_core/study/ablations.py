@@ -21,7 +21,8 @@ from ..errors import StudyError
 from ..files import atomic_write, lock_folder
 from ..training.records import Progress, shown_progress
 from .grid import GRID, Grid
-from .grid_runs import Plan, finished, perform, plan, source_of, versions
+from .grid_results import keep_results, known_results
+from .grid_runs import Plan, perform, plan, source_of, versions
 from .profile import Profile
 from .statistics import effect
 
@@ -67,7 +68,8 @@ def run_ablations(
     ----------
     profile, grid : as of :func:`load_grid`
     out : folder; gets ``<profile>.csv``, ``<profile>_seeds.csv``, ``<profile>_curves.csv``,
-        ``<profile>_provenance.json`` and, in ``<profile>/``, a folder for each run and seed
+        ``<profile>_provenance.json``, ``<profile>_runs.json`` (:mod:`.grid_results`) and, in ``<profile>/``,
+        a folder for each run and seed
     jobs : processes of this machine, which share its cores; 1 is this process itself
     scheduler : address of a running Dask cluster instead, whose workers see ``out`` and the data
     progress : True for one line with an ETA over all rows, False for silence, or a callable
@@ -84,11 +86,14 @@ def run_ablations(
     out = Path(out).absolute()
     with lock_folder(out / profile.name):
         todo = plan(grid, source_of(profile), out / profile.name)
-        results = {run.folder: finished(run, todo.levels.get(run.folder, ())) for run in todo.runs}
-        results = {folder: result for folder, result in results.items() if result is not None}
+        kept = out / f"{profile.name}_runs.json"
+        results = known_results(todo, kept)
         ran = len(todo.runs) - len(results)
         if ran:
-            _compute(todo, results, jobs, scheduler, progress)
+            try:
+                _compute(todo, results, jobs, scheduler, progress)
+            finally:  # what was finished before a stop too
+                keep_results(todo, kept)
         seeds = _by_seed(grid, todo, results)
         path = out / f"{profile.name}_provenance.json"
         provenance = _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
@@ -249,5 +254,6 @@ def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
         "seconds_of_all_runs": round(sum(result["seconds"] for result in succeeded)),
         "processors": sorted({result["cpu"] for result in succeeded}),
         "threads_per_run": sorted({result["threads"] for result in succeeded}),
+        "commits": sorted({str(result["commit"]) for result in succeeded}),
         **versions(),
     }

@@ -1,7 +1,7 @@
 """What a grid computes: trainings and prunings, each once, in a folder of its own.
 
-A :class:`Run` is described whole, so any process on any machine that sees its folder can compute it. What was
-finished there is read and not computed again; what was cut off goes on from its last checkpoint.
+A :class:`Run` is described whole, so any process on any machine that sees its folder can compute it; what was
+cut off goes on from its last checkpoint. :mod:`.grid_results` knows what is finished.
 """
 
 from __future__ import annotations
@@ -153,15 +153,6 @@ def plan(grid: Grid, data: Source, out: Path) -> Plan:
     return Plan(ends, list(runs.values()), {folder: tuple(sorted(of)) for folder, of in levels.items()})
 
 
-def finished(run: Run, levels: tuple[str, ...]) -> dict | None:
-    """What a run came to, where it is finished and was tested at these levels."""
-    try:
-        result = json.loads((run.folder / RESULT).read_text())
-        return result if set(levels) <= set(result["tests"]) else None
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by who copied it
-        return None
-
-
 def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Callable[[float], None]) -> dict:
     """Compute a run, or what of it is missing.
 
@@ -174,7 +165,7 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
     Returns
     -------
     dict of ``tests`` (by level: top1, top5, loss, params, flops, score), ``curve`` (by epoch: train_loss,
-    top1), ``seconds``, ``cpu``, ``threads``; or of ``failed``, one line that says why
+    top1), ``seconds``, ``cpu``, ``threads``, ``commit``; or of ``failed``, one line that says why
     """
     if before and "failed" in before:
         return {"failed": f"its training failed: {before['failed']}"}
@@ -220,6 +211,7 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         "seconds": round(time.time() - began, 1),
         "cpu": hardware()["cpu"],
         "threads": torch.get_num_threads(),
+        "commit": (git_state() or {}).get("commit"),
     }
     atomic_write(
         run.folder / RESULT, json.dumps(result, indent=1) + "\n"

@@ -1,0 +1,81 @@
+"""What the runs of a grid came to, as they left it in their folders and as it travels without them.
+
+``<profile>_runs.json`` is a line a run: who has that file and not the folders, as in a fresh clone of this
+repository, computes nothing anew but what was added to the grid.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import StudyError
+from ..files import atomic_write
+from ..training.stages import CHECKPOINT
+from .grid_runs import RESULT, Plan, Run
+
+
+def finished(run: Run, levels: tuple[str, ...]) -> dict | None:
+    """What a run came to, where its folder says so and it was tested at these levels."""
+    try:
+        return _tested(json.loads((run.folder / RESULT).read_text()), levels)
+    except (OSError, ValueError):  # not there, or cut off by who copied it
+        return None
+
+
+def known_results(todo: Plan, kept: Path) -> dict[Path, dict]:
+    """The results, by folder, of the runs of a plan that need not be computed.
+
+    Parameters
+    ----------
+    kept : the file that :func:`keep_results` writes; it may be missing. A training of which nothing but its
+        result is there is not among them while a pruning that starts from it is to be computed
+
+    Raises
+    ------
+    StudyError : that file is no such file
+    """
+    lines = _read(kept)
+    found = {}
+    for run in todo.runs:
+        levels = todo.levels.get(run.folder, ())
+        result = finished(run, levels) or _tested(lines.get(_name(run)), levels)
+        if result is not None:
+            found[run.folder] = result
+    for run in todo.runs:
+        if run.folder not in found and run.start and not (run.start.folder / CHECKPOINT).exists():
+            found.pop(run.start.folder, None)
+    return found
+
+
+def keep_results(todo: Plan, kept: Path) -> None:
+    """Write the results of all finished runs to the file, beside those that it had."""
+    lines = _read(kept)
+    results = {_name(run): finished(run, todo.levels.get(run.folder, ())) for run in todo.runs}
+    lines |= {name: result for name, result in results.items() if result is not None}
+    if lines:
+        text = ",\n".join(f"{json.dumps(name)}: {json.dumps(lines[name])}" for name in sorted(lines))
+        atomic_write(kept, f"{{\n{text}\n}}\n")
+
+
+def _read(kept: Path) -> dict:
+    try:
+        lines = json.loads(kept.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{kept} cannot be read ({error}); remove it or restore it from git") from error
+    if not isinstance(lines, dict):
+        raise StudyError(f"{kept} is not a table of runs; remove it or restore it from git")
+    return lines
+
+
+def _tested(result: object, levels: tuple[str, ...]) -> dict | None:
+    whole = isinstance(result, dict) and {"tests", "curve", "seconds", "cpu", "threads", "commit"} <= set(
+        result
+    )
+    return result if whole and set(levels) <= set(result["tests"]) else None
+
+
+def _name(run: Run) -> str:
+    return f"{run.folder.parent.name}/{run.folder.name}"
