@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..errors import StudyError
 from ..files import atomic_write, lock_folder
+from ..training.interrupt import terminable
 from ..training.records import Progress, shown_progress
 from .grid import GRID, Grid
 from .grid_results import keep_results, known_results
@@ -79,6 +80,7 @@ def run_ablations(
     Raises
     ------
     StudyError : no such data or scheduler, a folder that cannot be written or is in use
+    KeyboardInterrupt, SystemExit : on Ctrl-C or SIGTERM, after what was finished was written
     """
     if jobs < 1:
         raise StudyError(f"jobs {jobs} is not 1 or more; give the number of processes")
@@ -91,7 +93,8 @@ def run_ablations(
         ran = len(todo.runs) - len(results)
         if ran:
             try:
-                _compute(todo, results, jobs, scheduler, progress)
+                with terminable():
+                    _compute(todo, results, jobs, scheduler, progress)
             finally:  # what was finished before a stop too
                 keep_results(todo, kept)
         seeds = _by_seed(grid, todo, results)

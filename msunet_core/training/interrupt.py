@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
+from collections.abc import Iterator
 
 
 class StopSignals:
@@ -25,3 +27,21 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.received = number
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside this context SIGTERM raises SystemExit, so that whatever is open is closed, as after Ctrl-C."""
+
+    def leave(number: int, frame) -> None:
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: signals go to whoever is
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
