@@ -20,12 +20,13 @@ from msunet_core import StudyError, evaluate, load_checkpoint, score
 from msunet_core.__main__ import main
 from msunet_core.data.sources import save_npz
 from msunet_core.files import ROOT
-from msunet_core.study import ablations, cluster
+from msunet_core.study import ablations, cluster, grid_results, grid_runs
 from msunet_core.study.ablation_figures import pareto, plot_effects, plot_factor_curves, plot_front
 from msunet_core.study.ablations import read_results, run_ablations, tabulate
 from msunet_core.study.findings import budget_of, claims_beside_findings, resolved_rows
 from msunet_core.study.grid import GRID, load_grid
 from msunet_core.study.profile import load_profile, profile_names
+from msunet_core.training import resume
 from msunet_core.training.stages import CHECKPOINT
 
 TINY = ["ablation_width=0.0625", "ablation_limit=6", "ablation.image_sizes=[]"]
@@ -241,6 +242,26 @@ def test_results_travel_without_their_folders_and_only_what_is_added_is_computed
     assert found.table["n"].tolist() == [1] * 4
     pruned = json.loads((tmp_path / "smoke_runs.json").read_text())
     assert sum(name.startswith("prune-pruner-V2") for name in pruned) == 1, "what another grid needs is kept"
+
+
+def test_other_code_computes_a_grid_anew(tiny, tmp_path, monkeypatch):
+    """Whether it only tests otherwise, or trains otherwise too."""
+    grid = load_grid(tiny(), factors={"pruner": FACTORS["pruner"]}, seeds=[0])
+    table = run_ablations(tiny(), grid, tmp_path, progress=False).table
+    folder = next(tmp_path.glob("smoke/train-*/seed-0"))
+    for module in (grid_runs, grid_results):
+        monkeypatch.setattr(module, "code_of_runs", lambda: "tests otherwise")
+    monkeypatch.setattr(grid_runs, "evaluate", lambda *_: {"top1": 12.0, "top5": 34.0, "loss": 5.0})
+    assert set(run_ablations(tiny(), grid, tmp_path, progress=False).table["mean"]) == {12.0}
+    assert not folder.with_name("seed-0.1").exists(), "a training is not made anew because tests changed"
+
+    monkeypatch.setattr(grid_runs, "evaluate", evaluate)
+    for module in (grid_runs, grid_results):
+        monkeypatch.setattr(module, "code_of_runs", lambda: "trains otherwise")
+    monkeypatch.setattr(resume, "code_of_training", lambda: {"fast/layers.py": "other"})
+    again = run_ablations(tiny(), grid, tmp_path, progress=False).table
+    assert folder.with_name("seed-0.1").exists()
+    pd.testing.assert_frame_equal(again, table)  # it only says that it is other code
 
 
 def test_a_file_of_runs_that_cannot_be_read_is_named(tiny, tmp_path):

@@ -1,7 +1,7 @@
 """What the runs of a grid came to, as they left it in their folders and as it travels without them.
 
 ``<profile>_runs.json`` is a line a run: who has that file and not the folders, as in a fresh clone of this
-repository, computes nothing anew but what was added to the grid.
+repository, computes nothing anew but what was added to the grid. What other code found counts for nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 from ..errors import StudyError
 from ..files import atomic_write
 from ..training.stages import CHECKPOINT
-from .grid_runs import RESULT, Plan, Run
+from .grid_runs import RESULT, Plan, Run, code_of_runs
+
+FIELDS = {"tests", "curve", "seconds", "cpu", "threads", "commit", "code"}
 
 
 def finished(run: Run, levels: tuple[str, ...]) -> dict | None:
-    """What a run came to, where its folder says so and it was tested at these levels."""
+    """What a run came to, where its folder says so, by the code of now and at these opt levels."""
     try:
         return _tested(json.loads((run.folder / RESULT).read_text()), levels)
     except (OSError, ValueError):  # not there, or cut off by who copied it
@@ -71,10 +73,8 @@ def _read(kept: Path) -> dict:
 
 
 def _tested(result: object, levels: tuple[str, ...]) -> dict | None:
-    whole = isinstance(result, dict) and {"tests", "curve", "seconds", "cpu", "threads", "commit"} <= set(
-        result
-    )
-    return result if whole and set(levels) <= set(result["tests"]) else None
+    whole = isinstance(result, dict) and set(result) >= FIELDS and set(levels) <= set(result["tests"])
+    return result if whole and result["code"] == code_of_runs() else None
 
 
 def _name(run: Run) -> str:

@@ -27,6 +27,7 @@ from ..files import atomic_write
 from ..measure.evaluation import evaluate
 from ..measure.scoring import score
 from ..model.checkpoint import load_checkpoint, read_momentum
+from ..training.code import PACKAGE, code_digest, code_of_training
 from ..training.recipe import StageConfig
 from ..training.resume import recipe_of
 from ..training.schedules import image_size_of_epoch
@@ -37,6 +38,7 @@ from .provenance import git_state, hardware, recorded_stage
 from .run import new_network
 
 RESULT = "result.json"
+MEASURING = ("measure/evaluation.py", "measure/scoring.py", "measure/wide_resnet.py")
 PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
 
 
@@ -63,6 +65,13 @@ class Source:
                 "grid was started; give all workers the same images"
             )
         return data
+
+
+@functools.cache
+def code_of_runs() -> str:
+    """Digest of the code that results come from: what trains, what tests and what counts."""
+    files = {**code_of_training(), **{name: code_digest(PACKAGE / name) for name in MEASURING}}
+    return hashlib.blake2b(json.dumps(files).encode(), digest_size=6).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
@@ -165,7 +174,7 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
     Returns
     -------
     dict of ``tests`` (by level: top1, top5, loss, params, flops, score), ``curve`` (by epoch: train_loss,
-    top1), ``seconds``, ``cpu``, ``threads``, ``commit``; or of ``failed``, one line that says why
+    top1), ``seconds``, ``cpu``, ``threads``, ``commit``, ``code``; or of ``failed``, one line that says why
     """
     if before and "failed" in before:
         return {"failed": f"its training failed: {before['failed']}"}
@@ -187,6 +196,7 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
     options = {
         "seed": run.seed,
         "device": run.device,
+        "aside": True,  # what other code left there
         "progress": lambda done, total, text: report(0.95 * done / total),  # the rest is the test
     }
     if run.start is None:
@@ -212,6 +222,7 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         "cpu": hardware()["cpu"],
         "threads": torch.get_num_threads(),
         "commit": (git_state() or {}).get("commit"),
+        "code": code_of_runs(),
     }
     atomic_write(
         run.folder / RESULT, json.dumps(result, indent=1) + "\n"
