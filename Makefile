@@ -13,7 +13,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 ##! variables, as in `make reproduce PROFILE=quick DEVICE=cuda`
 
 # Set here, so that only the command line gives them: DATA or SEED in somebody's environment is not meant for us.
-PROFILE := # smoke, cpu2h, cpu, quick, paper or a .yaml file (default smoke)
+PROFILE := # smoke, evidence, cpu2h, cpu, quick, paper or a .yaml file (default smoke)
 RUN := # name of the folder below runs/ (default: the profile's name)
 DATA := # synthetic, cifar100, an .npz or a folder (default: the profile's)
 DEVICE := # auto, cpu, cuda, ... (default: the profile's)
@@ -72,7 +72,7 @@ SUITABLE = -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info <
 .venv/.complete: requirements.txt pyproject.toml
 	@set -e; \
 	if [ -e .venv/.making ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python $(SUITABLE); then \
-	  for python in python3.12 python3.13 python3.14 python3.11 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
+	  for python in python3.11 python3.13 python3.14 python3.12 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
 	  if [ $$python = none ]; then \
 	    echo 'no Python 3.11 to 3.14 with venv found; install one (Debian: python3-venv) or give PYTHON=...' >&2; exit 1; \
 	  fi; \
@@ -120,7 +120,8 @@ lab: $(ENVIRONMENT) ## open the notebooks in JupyterLab [PORT= HOST=]
 .PHONY: clean help
 clean: .known ## remove the folder of RUN and the tools' caches; data/ and .venv stay
 	@profile=$${STUDY_PROFILE:-smoke}; profile=$${profile##*/}; run=$${STUDY_RUN:-$${profile%.y*ml}}; \
-	if ! [[ $$run =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$$ && $$run != pretrained ]]; then \
+	case $$run in ablations|pretrained|recipes|record) run= ;; esac; \
+	if ! [[ $$run =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$$ ]]; then \
 	  echo "RUN is no folder of a run; choose another name" >&2; exit 1; fi; \
 	rm -rf -- "$${MSUNET_RUNS:-runs}/$$run" .pytest_cache .ruff_cache build *.egg-info
 	@find msunet_core tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The way the published code trained, written from the study's description, as the baseline of ``bench.py``.
+"""How the published code trained, reconstructed from the specification as the baseline of ``bench.py``.
 
 NCHW memory, Swish as ``x * sigmoid(x)``, one convolution for each group of a mixed convolution, images
 transformed one by one in worker processes, three CutMix passes with Python between, weights ternarized layer
@@ -32,8 +32,8 @@ class Ternary1x1(nn.Conv2d):
         z = (weight - weight.mean()) / weight.std()
         signs = (z > ALPHA).to(z.dtype) - (z < -ALPHA).to(z.dtype)
         scale = (2.0 / weight.shape[1] * signs.numel() / signs.count_nonzero()).sqrt()
-        folded = weight + (signs - weight).detach()  # the gradient passes straight through
-        return F.conv2d(x, folded) * scale
+        kernel = weight + (scale * signs - weight).detach()  # dL/dK passes straight through
+        return F.conv2d(x, kernel)
 
 
 class Mixed(nn.Module):

@@ -16,6 +16,7 @@ from faults import HOSTILE
 from nbformat.v4 import new_code_cell, new_notebook
 
 from msunet_core.study.make import NOTEBOOKS
+from msunet_core.study.run import COMMITTED
 
 ROOT = Path(__file__).parent.parent
 # Set by the make, the shell or the environment that runs these tests, and not for the make under test.
@@ -190,10 +191,11 @@ def test_clean_removes_the_run_and_only_the_run(checkout):
     assert not (checkout.folder / "tests/__pycache__").exists()
 
 
-def test_the_folder_of_the_shipped_network_is_not_cleaned(checkout):
-    checkout.write("runs/pretrained/msunet_v3.safetensors", "")
-    assert checkout.call("clean", "RUN=pretrained").returncode != 0
-    assert (checkout.folder / "runs/pretrained/msunet_v3.safetensors").exists()
+@pytest.mark.parametrize("folder", COMMITTED)
+def test_a_folder_of_committed_results_is_not_cleaned(checkout, folder):
+    checkout.write(f"runs/{folder}/kept", "")
+    assert checkout.call("clean", f"RUN={folder}").returncode != 0
+    assert (checkout.folder / "runs" / folder / "kept").exists()
 
 
 def test_help_names_every_target_and_variable_in_a_line(checkout):
@@ -229,10 +231,10 @@ esac
 
 @pytest.fixture
 def bare(checkout):
-    """A machine whose newer Pythons are found but do not run, as pyenv's shims, and whose python3.11 does."""
-    for minor in (12, 13, 14):
+    """A machine whose Pythons are found but do not run, as pyenv's shims, all but python3.12."""
+    for minor in (11, 13, 14):
         checkout.write(f"bin/python3.{minor}", "#!/bin/sh\nexit 127\n").chmod(0o755)
-    checkout.write("bin/python3.11", SYSTEM_PYTHON).chmod(0o755)
+    checkout.write("bin/python3.12", SYSTEM_PYTHON).chmod(0o755)
     checkout.path = f"{checkout.folder}/bin:{os.environ['PATH']}"
     return checkout
 

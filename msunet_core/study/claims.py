@@ -2,7 +2,8 @@
 
 Each claim is held against committed files (the shipped network and its provenance, ablation tables, the first
 epochs of the paper recipe) or against a count made now. No result is written here, only what was published
-(specification §1). A claim without evidence says so instead of a result.
+(specification §1; what its authors held of their techniques, :mod:`.findings`). A claim without evidence says
+so instead of a result.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .published import FIRST_LOSSES
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 
-# Two runs of one recipe differ by their seeds; trials of this one stayed within 0.03 of the record.
+# A choice: how far two seeds of the recipe lie apart in an epoch's training loss has not been measured.
 RECORD_TOLERANCE = 0.04
 # A count that only depends on where random weights put their zeros: one part in 200.
 COUNT_TOLERANCE = 0.005

@@ -1,4 +1,7 @@
-"""What the published authors claimed beside what was found, in sentences made from the numbers alone."""
+"""What the published authors held of their techniques beside what was found, told from the numbers alone.
+
+They gave no number for it: how much is "little" is this study's choice.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pandas as pd
 
 from .ablations import Results
 
-# Points of top-1 that "costs little" may cost.
+# Points of top-1 that "costs little" may cost: our choice.
 LITTLE = 0.5
 
 
