@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .data.sources import hold_out, load_data, save_npz
 from .errors import StudyError, one_line
-from .files import read_text
+from .files import atomic_write, read_text
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.packed_network import PackedNetwork
@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     validating.add_argument("--data", required=True, metavar="SOURCE", help=SOURCES_HELP)
     validating.add_argument("--limit", type=int, help="first N test images of each class")
     validating.add_argument("--device", default="auto")
+    validating.add_argument("--out", type=Path, metavar="CSV", help="write the table to this file, too")
     validating.set_defaults(run=run_validate)
 
     scoring = commands.add_parser("score", help="parameters, operations and score of a network")
@@ -209,12 +210,17 @@ def run_validate(arguments: argparse.Namespace) -> None:
         )
     print(f"{path}: {path.stat().st_size:,} bytes, {len(data.test_images)} test images of {arguments.data}")
     print(f"{'level':6}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}{'score':>10}")
+    rows = ["level,top1,top5,loss,score,images"]
     for level in arguments.opt_level:
         as_it_lies = level == "O0" and Reader(path).is_packed() and next(model.parameters()).is_cpu
         runner = PackedNetwork(path) if as_it_lies else model
         found = evaluate(runner, data.test_images, data.test_labels, level)
         value = score(model, level).value
         print(f"{level:6}{found['top1']:9.2f}{found['top5']:9.2f}{found['loss']:9.4f}{value:10.5f}")
+        numbers = f"{found['top1']:.2f},{found['top5']:.2f},{found['loss']:.4f},{value:.5f}"
+        rows.append(f"{level},{numbers},{len(data.test_images)}")
+    if arguments.out:
+        atomic_write(arguments.out, "\n".join([*rows, ""]))
 
 
 def run_score(arguments: argparse.Namespace) -> None:

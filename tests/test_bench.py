@@ -42,7 +42,7 @@ def test_the_baseline_is_the_same_network():
         found.append((loss.detach(), scores, grads[-2], grads[0], grads[ternary]))
     names = ("loss", "scores in eval mode", "classifier", "stem", "the first ternary layer")
     for name, own, theirs in zip(names, *found, strict=True):
-        # FP32 in another order; a value near a kink may fall on its other side, which the first layers see most.
+        # FP32 in another order; a value near a kink may fall on its other side, as the first layers see most.
         bound = 2e-2 if name.endswith(("stem", "layer")) else 1e-3
         assert (own - theirs).norm() < bound * own.norm(), name
 

@@ -293,12 +293,16 @@ def run(target: str, request: Request) -> int:
     if target == "report":
         render(request)
         return 0
+    commands = [command_line(target, request)]
     if target == "pretrained":
-        command_line(target, request)  # what it needs is there
         ship(request.folder, SHIPPED.parent)
-    return subprocess.run(
-        [sys.executable, "-m", "msunet_core", *command_line(target, request)], check=False
-    ).returncode
+        levels = SHIPPED.with_name("levels.csv")
+        commands.append(["validate", str(SHIPPED), f"--data={request.given['DATA']}", f"--out={levels}"])
+    for command in commands:
+        status = subprocess.run([sys.executable, "-m", "msunet_core", *command], check=False).returncode
+        if status:
+            return status
+    return 0
 
 
 def main(arguments: list[str]) -> int:
