@@ -24,7 +24,7 @@ SET := # any other value of the profile, as "train.epochs=3 prune.lr=1e-3"
 CHECKPOINT := # for score, validate, pack: a file, or the folder of a stage
 OPT_LEVEL := # for score, validate: O0, O1, O2 or O3
 OUT := # for pack: the file to write
-JOBS := # for ablations: processes at once (default 1)
+JOBS := # for ablations: processes at once (default: as many as cores)
 SCHEDULER := # for ablations: a running Dask cluster, tcp://...
 PORT := # for lab: where it listens (default: the first free one from 8888 on)
 HOST := # for lab: the address it listens at; 0.0.0.0 in a container (default: this machine alone)

@@ -7,11 +7,12 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .data.sources import hold_out, load_data, save_npz
+from .data.sources import CIFAR100_CLASSES, hold_out, load_data, save_npz
 from .errors import StudyError, one_line
 from .files import atomic_write, read_text
 from .measure.evaluation import evaluate
@@ -26,7 +27,6 @@ from .study.grid import GRID, load_grid
 from .study.profile import Profile, load_profile, profile_names
 from .study.provenance import recorded_stage, usable_cores
 from .study.run import new_network, runs_folder
-from .study.web import CIFAR100_CLASSES
 from .training.distributed import first_to_fail, rank
 from .training.stages import CHECKPOINT, prune, resolve_device, train
 
@@ -240,15 +240,17 @@ def run_pack(arguments: argparse.Namespace) -> None:
     kept = {"merge": not arguments.no_merge, "provenance": provenance_of(path, info)}
     if arguments.provenance:
         kept["provenance"] = _json(arguments.provenance)
-    pack(model, arguments.out, **kept)
-    if arguments.data:
-        packed = unpack(arguments.out, "O0")
+    if arguments.data:  # first, so that data of no use leave the file that is there
+        with tempfile.TemporaryDirectory() as scratch:
+            pack(model, Path(scratch, "packed.safetensors"), **kept)
+            packed = unpack(Path(scratch, "packed.safetensors"), "O0")
         data = _test_data(arguments, packed)
         found = evaluate(packed, data.test_images, data.test_labels, "O3")
         accuracy = {"level": "O3", "images": len(data.test_images), "fingerprint": data.fingerprint}
         accuracy |= {name: round(value, 4) for name, value in found.items()}
-        pack(model, arguments.out, accuracy=accuracy, **kept)
+        kept["accuracy"] = accuracy
         print(f"O3: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
+    pack(model, arguments.out, **kept)
     size, counted = arguments.out.stat().st_size, 4 * score(model, "O3").params
     print(f"{arguments.out}: {size:,} bytes, {size / counted:.4f} x the {counted:,.0f} that the score counts")
 

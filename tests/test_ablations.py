@@ -244,6 +244,26 @@ def test_results_travel_without_their_folders_and_only_what_is_added_is_computed
     assert sum(name.startswith("prune-pruner-V2") for name in pruned) == 1, "what another grid needs is kept"
 
 
+def test_a_pruning_does_not_start_from_a_training_that_was_stopped(tiny, tmp_path, monkeypatch):
+    """Its result is in the file of runs, what lies in its folder is a first part of it, begun anew."""
+    grid = load_grid(tiny(), factors={"pruner": FACTORS["pruner"]}, seeds=[0])
+    found = run_ablations(tiny(), grid, tmp_path, progress=False)
+    (training,) = tmp_path.glob("smoke/train-*/seed-0")
+    (pruning,) = tmp_path.glob("smoke/prune-*/seed-0")
+    shutil.rmtree(pruning)
+    (training / "result.json").unlink()
+    path = tmp_path / "smoke_runs.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({name: kept[name] for name in kept if name.startswith("train")}))
+    real, computed = ablations.perform, []
+    monkeypatch.setattr(
+        ablations, "perform", lambda run, *rest: computed.append(run.folder) or real(run, *rest)
+    )
+    again = run_ablations(tiny(), grid, tmp_path, progress=False)
+    assert computed == [training, pruning]
+    pd.testing.assert_frame_equal(again.table, found.table)
+
+
 def test_other_code_computes_a_grid_anew(tiny, tmp_path, monkeypatch):
     """Whether it only tests otherwise, or trains otherwise too."""
     grid = load_grid(tiny(), factors={"pruner": FACTORS["pruner"]}, seeds=[0])

@@ -13,10 +13,9 @@ import torch
 
 from msunet_core import ImageData, build_msunet, load_checkpoint, pack
 from msunet_core.__main__ import main
-from msunet_core.data.sources import save_npz
+from msunet_core.data.sources import CIFAR100_CLASSES, save_npz
 from msunet_core.measure import unpack as unpack_module
 from msunet_core.measure.unpack import load_network
-from msunet_core.study.web import CIFAR100_CLASSES
 from msunet_core.training.stages import CHECKPOINT
 
 SHORT = [
@@ -93,6 +92,16 @@ def test_the_study_runs_from_data_to_score(capsys, npz, tmp_path):
     assert info["accuracy"]["images"] == 12
     assert info["accuracy"]["top1"] == pytest.approx(float(top1), abs=0.006)
     assert {"stage": "prune", "epoch": 1}.items() <= info["provenance"].items()
+    before = (tmp_path / "net.safetensors").read_bytes()
+    error_of(
+        capsys, "pack", str(pruned), str(tmp_path / "net.safetensors"), "--data", str(tmp_path / "no.npz")
+    )
+    assert (tmp_path / "net.safetensors").read_bytes() == before, "data that are not there cost the file"
+    levels = tmp_path / "levels.csv"
+    table = run("validate", pruned, "--data", npz, "--opt-level", "O0", "O3", "--out", levels)
+    assert [row.split(",")[:2] for row in levels.read_text().splitlines()[1:]] == [
+        row.split()[:2] for row in table.splitlines()[2:]
+    ]
 
 
 def test_without_a_checkpoint_the_shipped_network_is_taken(capsys, npz, new_network, tmp_path, monkeypatch):
@@ -220,6 +229,10 @@ def test_a_stage_says_how_it_was_made_and_in_how_many_sittings(npz, tmp_path):
     assert (made["profile"], made["seed"], len(made["sittings"])) == ("smoke", 0, 2)
     assert made["wall_seconds"] == pytest.approx(sum(s["wall_seconds"] for s in made["sittings"]), abs=0.02)
     assert made["hardware"]["cores"] >= 1 and made["packages"]["torch"]
+    assert main([*command, "--seed", "7", "--set", "train.epochs=2", *changes[1:]]) == 2
+    assert json.loads((tmp_path / "train" / "provenance.json").read_text()) == made, (
+        "who was refused made nothing"
+    )
 
 
 ODD_NAMES = ("$x^$", "100%", "it's `a`", "<b>&amp;", "_hidden", "{curly}", "é ü", "a\\b", "#1", "-1")

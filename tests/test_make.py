@@ -127,7 +127,7 @@ def test_a_second_run_runs_nothing(done):
         ("msunet_core/model/network.py", ALL),
         ("msunet_core/study/profiles/smoke.yaml", ALL),
         ("msunet_core/study/report.py", ["pages"]),
-        ("msunet_core/study/claims.py", ALL),
+        ("msunet_core/study/claims.py", ["pages"]),
         ("docs/index.md", ["pages"]),
         ("docs/_static/study.css", ["pages"]),
         ("msunet_core/study/profiles/quick.yaml", []),
@@ -348,6 +348,9 @@ def test_score_validate_and_pack_ask_for_what_they_need():
         with pytest.raises(StudyError, match=f"give {missing}="):
             asked(target, **given)
     assert asked("score") == ["score"]
+    with pytest.raises(StudyError, match="VARIANT is a factor of the ablations"):
+        asked("ablations", VARIANT="v1")
+    assert asked("ablations", SEED="3", JOBS="2") == ["ablations", "--jobs=2", "--seed=3"]
     assert asked("validate", DATA="images.npz") == ["validate", "--data=images.npz"]
     assert asked("pack", CHECKPOINT="it's here", OUT="-b") == ["pack", "it's here", "./-b"]
     assert asked("pack", CHECKPOINT="a", OUT="b", VARIANT="v1", DATA="x.npz", LIMIT="3", DEVICE="cpu") == [

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from msunet_core import score, unpack
@@ -37,6 +38,13 @@ def test_the_row_of_results_is_the_shipped_file(row):
         f"{scored.value:.5f}",
         f"{SHIPPED.stat().st_size:,} bytes",
     ]
+
+
+def test_the_levels_of_the_shipped_network_are_those_of_its_file(row):
+    levels = pd.read_csv(SHIPPED.with_name("levels.csv"), dtype=str).set_index("level")
+    assert list(levels.index) == ["O0", "O2", "O3"] and set(levels["images"]) == {"10000"}
+    o3 = levels.loc["O3"]
+    assert [f"{o3['top1']} %", f"{o3['top5']} %", o3["score"]] == [row[1], row[2], row[5]]
 
 
 def read_metadata() -> dict:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from msunet_core import ImageData, StudyError, pack
+from msunet_core.data.sources import CIFAR100_CLASSES
 from msunet_core.measure import unpack as unpack_module
 from msunet_core.model.checkpoint import save_checkpoint
 from msunet_core.study import figures
+from msunet_core.study.ablation_figures import plot_front
 from msunet_core.study.profile import load_profile
 from msunet_core.study.run import Study, _LiveLine, new_network
 from msunet_core.training.stages import CHECKPOINT
@@ -104,7 +106,7 @@ def prune_one(study: Study, **arguments) -> None:
     save_checkpoint(study.folder / "prune" / CHECKPOINT, state, {"network": model.config})
 
 
-CIFAR100 = ["apple", *map(str, range(98)), "worm"]
+CIFAR100 = list(CIFAR100_CLASSES)
 
 
 def test_the_real_cifar100_alone_is_looked_at_with_the_shipped_network(study, shipped):
@@ -133,11 +135,6 @@ def test_the_same_seed_builds_the_same_network_whatever_was_drawn_before():
     torch.rand(7)
     second = new_network(profile).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_limit_takes_no_more_images_than_the_profile_has(study):
-    assert study.limited_data(None) is study.limited_data(5) is study.data
-    assert len(study.limited_data(1).train_images) == study.data.num_classes
 
 
 def test_the_progress_line_is_one_display_updated_in_place():
@@ -175,15 +172,15 @@ def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
     pictures = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     sheet = figures.show_images(pictures, [name, name], title=name)
     bars = figures.plot_by_layer({name: 0.5}, name)
-    table = pd.DataFrame({"choice": [name], "value": [name], "top1": [1.0], "score": [0.5]})
-    for figure in (sheet, bars, figures.plot_trade_off(table)):
+    table = pd.DataFrame({"choice": [name], "value": [name], "mean": [1.0], "score": [0.5]})
+    for figure in (sheet, bars, plot_front(table)):
         figure.savefig(tmp_path / "a.png")
         plt.close(figure)
 
 
 def test_a_logarithmic_axis_shows_numbers_and_no_formula_in_letters():
-    table = pd.DataFrame({"choice": ["a"] * 3, "value": ["x", "y", "z"], "top1": [1.0, 2.0, 3.0]})
-    figure = figures.plot_trade_off(table.assign(score=[0.001, 0.03, 0.9]))
+    table = pd.DataFrame({"choice": ["a"] * 3, "value": ["x", "y", "z"], "mean": [1.0, 2.0, 3.0]})
+    figure = plot_front(table.assign(score=[0.001, 0.03, 0.9]))
     figure.draw_without_rendering()
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert {"0.001", "0.01", "0.1"} <= set(shown) and not [text for text in shown if "math" in text]

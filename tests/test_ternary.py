@@ -143,6 +143,10 @@ def test_alpha_climbs_from_epoch_20_to_400_and_stays(epoch, alpha):
     assert alpha_schedule(epoch) == pytest.approx(alpha, rel=1e-12)
 
 
+def test_alpha_may_rise_in_one_step():
+    assert [alpha_schedule(epoch, 2, 2) for epoch in (1, 2, 3)] == [0.0, ALPHA, ALPHA]
+
+
 def test_alpha_reaches_every_ternary_layer_and_changes_what_it_computes():
     model = build_msunet("v3", width=0.25, alpha=ALPHA)
     before = ternary_layers(model)["conv_head"].signs().count_nonzero().item()

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 from msunet_core import StudyError, apply_opt_level, build_msunet, load_data, load_network, pack, score
+from msunet_core.data.sources import CIFAR100_CLASSES
 from msunet_core.measure.evaluation import class_scores
 from msunet_core.measure.scoring import published_table
 from msunet_core.measure.unpack import shipped
 from msunet_core.model.pruning import prune_to_target
 from msunet_core.model.ternary import ternary_layers
-from msunet_core.study.web import CIFAR100_CLASSES, network_script
+from msunet_core.study.web import network_script
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("try_it", "score_explorer")

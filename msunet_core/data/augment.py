@@ -265,7 +265,8 @@ def augment(images: Tensor, plan: StepPlan) -> Tensor:
 
     Returns
     -------
-    float32 (B, 3, 32, 32) in channels_last memory, standardised as :func:`msunet_core.data.normalise` does.
+    float32 (B, 3, 32, 32) in channels_last memory, standardised as by
+    :func:`msunet_core.data.images.normalise`.
     Nothing in here waits for the device, so it can be part of a CUDA graph.
     """
     planes = images.permute(0, 3, 1, 2)

@@ -28,6 +28,17 @@ from .images import ARRAYS, IMAGE_SIZE, ImageData
 from .synthetic import make_synthetic
 
 SOURCES = ("synthetic", "cifar100")
+# CIFAR-100's fine labels 0 .. 99 as the data set orders them, by the alphabet.
+_NAMES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
+shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+CIFAR100_CLASSES = tuple(_NAMES.split())
 CIFAR100_PER_CLASS = (500, 100)  # 50,000 and 10,000 images, specification §4
 MAX_ARRAY_BYTES = 2**32  # 1.4 million images; a file that claims more is damaged or hostile
 MAX_SHRINKING = 100  # images shrink less; arrays of a megabyte or two may be as empty as they like

@@ -15,7 +15,7 @@ from ..data.images import MEAN, STD
 from ..errors import StudyError
 from ..files import atomic_path, read_text
 from ..model.precision import apply_opt_level
-from ..model.ternary import TernaryConv2d, ternary_layers, ternary_scale
+from ..model.ternary import TernaryConv2d, ternary_scale
 from .packed_format import (
     DIGEST_AT,
     FORMAT,
@@ -89,12 +89,9 @@ def content_of(
     letters = "".join(map(letter_of, weights))
     if merge:
         _merge(model, half, values)
-    network = dict(model.config)
-    for layer in ternary_layers(model).values():
-        network["alpha"] = layer.alpha  # the schedule moves it
     packed = {
         "format": FORMAT,
-        "network": network,
+        "network": model.config,
         "layers": letters,
         "merged": merge,
         "eps": 0.0 if merge else model.bn1.eps,

@@ -32,8 +32,7 @@ BACKOFF_FACTOR = 0.5
 
 HALF_MAX = torch.finfo(torch.float16).max
 
-_WIDENED = {torch.conv2d, F.conv2d, F.linear, torch._C._nn.linear, F.batch_norm, torch.batch_norm}
-_BATCH_NORMS = {F.batch_norm, torch.batch_norm}
+_WIDENED = {F.conv2d, F.linear, F.batch_norm}
 
 
 @contextlib.contextmanager
@@ -61,14 +60,14 @@ class WidenHalf(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _WIDENED or args[0].is_cuda:
             return func(*args, **kwargs)
-        to_half = self.autocast and func not in _BATCH_NORMS
+        to_half = self.autocast and func is not F.batch_norm
         if args[0].dtype != torch.float16 and not to_half:
             return func(*args, **kwargs)
         narrow = [_round_to_half(a) if to_half else a for a in args]
         wide = [_widen(a) for a in narrow]
         wide_kwargs = {k: _widen(_round_to_half(v) if to_half else v) for k, v in kwargs.items()}
         result = func(*wide, **wide_kwargs).half()
-        if func in _BATCH_NORMS:
+        if func is F.batch_norm:
             _write_back(narrow[1:3], wide[1:3])  # running statistics are updated in place
         return result
 

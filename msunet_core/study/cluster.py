@@ -56,10 +56,15 @@ def on_cluster(
     """
     waiting, working, found, parts = list(runs), {}, {}, {}
     shares = collections.Counter()
+    ours = {run.folder for run in runs}
+
+    def hear(event) -> None:
+        folder = Path(event[1]["folder"])
+        if folder in ours:  # other grids may run on the same cluster
+            parts[folder] = event[1]["part"]
+
     with _client(jobs, scheduler) as client:
-        client.subscribe_topic(
-            TOPIC, lambda event: parts.update({Path(event[1]["folder"]): event[1]["part"]})
-        )
+        client.subscribe_topic(TOPIC, hear)
         while waiting or working:
             try:
                 # One run a worker, the next when one has ended: given all at once, Dask hands them out before

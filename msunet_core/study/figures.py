@@ -79,22 +79,6 @@ def plot_by_layer(shares: dict[str, float], title: str, colours: Sequence[str] =
     return figure
 
 
-def plot_trade_off(table: pd.DataFrame) -> plt.Figure:
-    """Accuracy against score of an ablation table (columns choice, value, top1, score)."""
-    figure, ax = plt.subplots(figsize=(11, 5))
-    for choice, rows in table.groupby("choice", sort=False):
-        ax.scatter(rows["score"], rows["top1"], s=50, label=choice)
-        for _, row in rows.iterrows():
-            place = (row["score"], row["top1"])
-            ax.annotate(row["value"][:20], place, xytext=(5, 3), textcoords="offset points", fontsize=7)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="score (lower is better, log scale)", ylabel="top-1 (%)")
-    ax.set_title("Upper left is better: accuracy against score")
-    ax.legend(fontsize=8)
-    return figure
-
-
 def hatch_bars(ax: plt.Axes, hatches: Sequence[str]) -> None:
     """A pattern for each series of a bar chart beside its colour, for whoever does not see colours."""
     for bars, hatch in zip(ax.containers, hatches, strict=True):

@@ -30,8 +30,8 @@ def known_results(todo: Plan, kept: Path) -> dict[Path, dict]:
 
     Parameters
     ----------
-    kept : the file that :func:`keep_results` writes; it may be missing. A training of which nothing but its
-        result is there is not among them while a pruning that starts from it is to be computed
+    kept : the file that :func:`keep_results` writes; it may be missing. A training whose result alone is
+        there, not its network, is not among them while a pruning that starts from it is to be computed
 
     Raises
     ------
@@ -45,9 +45,14 @@ def known_results(todo: Plan, kept: Path) -> dict[Path, dict]:
         if result is not None:
             found[run.folder] = result
     for run in todo.runs:
-        if run.folder not in found and run.start and not (run.start.folder / CHECKPOINT).exists():
+        if run.folder not in found and run.start and not _has_network(run.start):
             found.pop(run.start.folder, None)
     return found
+
+
+def _has_network(run: Run) -> bool:
+    """Whether its folder holds the network that it ended with, by the code of now."""
+    return finished(run, ()) is not None and (run.folder / CHECKPOINT).exists()
 
 
 def keep_results(todo: Plan, kept: Path) -> None:

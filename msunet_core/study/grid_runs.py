@@ -38,7 +38,7 @@ from .provenance import git_state, hardware, recorded_stage
 from .run import new_network
 
 RESULT = "result.json"
-MEASURING = ("measure/evaluation.py", "measure/scoring.py", "measure/wide_resnet.py")
+MEASURING = ("measure/evaluation.py", "measure/scoring.py")
 PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
 
 

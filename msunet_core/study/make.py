@@ -10,6 +10,7 @@ Stages look after themselves: a notebook that is run again finds its finished tr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,10 +30,10 @@ from ..files import ROOT, atomic_write, lock_folder, read_text
 from ..measure.unpack import SHIPPED
 from ..training.code import PACKAGE, code_digest
 from ..training.stages import resolve_device
-from .profile import PROFILES, load_profile
+from .profile import PROFILES, Profile, load_profile
 from .run import check_run_name
 from .runner import INTERRUPTED, Interrupted, run_notebook, typed
-from .ship import ship
+from .ship import check_finished, ship
 
 # Each notebook, with the earlier ones whose results it looks at.
 NOTEBOOKS = {
@@ -65,7 +66,7 @@ EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
 EVIDENCE += ("runs/ablations/evidence*.csv", "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
-NOT_USED = {"__main__.py", "study/lab.py", "study/make.py", "study/runner.py", *SITE} - {"study/claims.py"}
+NOT_USED = {"__main__.py", "study/lab.py", "study/make.py", "study/runner.py", *SITE}
 MADE = ".made.json"
 
 
@@ -77,7 +78,8 @@ class Request:
         self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
         check_run_name(self.run)
         self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
-        typed_values = [shlex.quote(f"{name}={value}") for name, value in self.given.items()]
+        shown = self.given | {name: Path(self.given[name]).name for name in ("DATA",) if name in self.given}
+        typed_values = [shlex.quote(f"{name}={value}") for name, value in shown.items()]
         self.command = " ".join(["make", goals, *typed_values])
 
     @property
@@ -89,10 +91,11 @@ class Request:
             found["OVERRIDES"] = self.given["SET"]
         return {"PROFILE": "smoke", "RUN": self.run} | found
 
-    def check(self) -> None:
-        """Refuse what no notebook could use, before anything of an earlier run is touched."""
+    @property
+    def profile(self) -> Profile:
+        """The profile as the notebooks will have it."""
         values = typed(self.parameters)
-        profile = load_profile(
+        return load_profile(
             values["PROFILE"],
             variant=values.get("VARIANT"),
             data=values.get("DATA"),
@@ -101,6 +104,10 @@ class Request:
             device=values.get("DEVICE"),
             overrides=values.get("OVERRIDES", ""),
         )
+
+    def check(self) -> None:
+        """Refuse what no notebook could use, before anything of an earlier run is touched."""
+        profile = self.profile
         resolve_device(profile.device)
         if profile.data.source not in SOURCES:
             load_data(profile.data.source, limit=profile.data.limit)
@@ -128,9 +135,9 @@ def common_inputs(request: Request) -> dict[str, str]:
         "the parameters": _digest(json.dumps(values, sort_keys=True).encode()),
         "the profile": file_digest(path),
     }
-    data = str(values.get("DATA", ""))
-    if data and data not in SOURCES:
-        found["the data"] = data_digest(data)
+    with contextlib.suppress(StudyError):  # of a profile that check() refuses
+        if (data := request.profile.data.source) not in SOURCES:
+            found["the data"] = data_digest(data)
     for path in sorted(PACKAGE.rglob("*")):
         inside = path.relative_to(PACKAGE).as_posix()
         is_grid = path.suffix == ".yaml" and path.parent != PROFILES  # the ablations'
@@ -267,7 +274,11 @@ def command_line(target: str, request: Request) -> list[str]:
     if target == "pretrained":
         return ["pack", str(request.folder / "prune"), str(SHIPPED), f"--data={given['DATA']}"]
     if target == "ablations":
-        names = ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE")
+        if "VARIANT" in given:
+            raise StudyError(
+                "VARIANT is a factor of the ablations: leave it out, or edit study/ablations.yaml"
+            )
+        names = ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE", "SEED")
         changes = ["--set", *given["SET"].split()] if "SET" in given else []
         return [target, *(f"--{name.lower()}={given[name]}" for name in names if name in given), *changes]
     options = {"VARIANT": "variant", "OPT_LEVEL": "opt-level"}
@@ -293,16 +304,18 @@ def run(target: str, request: Request) -> int:
     if target == "report":
         render(request)
         return 0
-    commands = [command_line(target, request)]
+    command = [sys.executable, "-m", "msunet_core", *command_line(target, request)]
     if target == "pretrained":
+        check_finished(request.folder)
+        if status := subprocess.run(command, check=False).returncode:
+            return status
         ship(request.folder, SHIPPED.parent)
         levels = SHIPPED.with_name("levels.csv")
-        commands.append(["validate", str(SHIPPED), f"--data={request.given['DATA']}", f"--out={levels}"])
-    for command in commands:
-        status = subprocess.run([sys.executable, "-m", "msunet_core", *command], check=False).returncode
-        if status:
-            return status
-    return 0
+        command[3:] = ["validate", str(SHIPPED), f"--data={request.given['DATA']}", f"--out={levels}"]
+    # In this process's place, so that Ctrl-C and SIGTERM reach what has something to save.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, command)
 
 
 def main(arguments: list[str]) -> int:

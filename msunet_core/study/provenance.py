@@ -23,21 +23,18 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill"
 
 
 def seed_of(values: Mapping[str, object]) -> object:
-    """The seed of the run: SEED, or what the profile says."""
-    if values.get("SEED") is None and values.get("PROFILE"):
+    """The seed of the run: that of OVERRIDES, else SEED, else what the profile says."""
+    if values.get("PROFILE"):
         with contextlib.suppress(StudyError):
-            return load_profile(str(values["PROFILE"])).seed
+            overrides = str(values.get("OVERRIDES") or "")
+            return load_profile(str(values["PROFILE"]), seed=values.get("SEED"), overrides=overrides).seed
     return values.get("SEED")
 
 
 def record(output: Path, began: int, values: Mapping[str, object], peak_memory: int | None) -> None:
     """Merge this notebook's entry into provenance.json of its run folder."""
     path = output.parent / "provenance.json"
-    try:
-        notebooks = json.loads(read_text(path))["notebooks"]
-    # The first notebook of a run, or a file of no use.
-    except (ValueError, KeyError, TypeError, RecursionError):
-        notebooks = {}
+    notebooks = _kept(path, "notebooks", {})
     notebooks[output.stem] = {**_sitting(began), "peak_memory_mb": peak_memory and round(peak_memory / 2**20)}
     parts = {"notebooks": dict(sorted(notebooks.items()))}
     about = {"profile": values.get("PROFILE"), "seed": seed_of(values), "parameters": dict(values)}
@@ -46,19 +43,35 @@ def record(output: Path, began: int, values: Mapping[str, object], peak_memory: 
 
 @contextlib.contextmanager
 def recorded_stage(folder: Path, profile: str, seed: int) -> Iterator[None]:
-    """Inside this context a sitting of the stage in ``folder`` runs; provenance.json there tells of it."""
-    path = folder / "provenance.json"
-    began = time.time_ns()
+    """Inside this context a sitting of the stage in ``folder`` runs; provenance.json there tells of it.
+
+    A stage that was refused, as it writes nothing into its log, leaves the provenance of who is there.
+    """
+    path, log = folder / "provenance.json", folder / "log.txt"
+    began, before = time.time_ns(), _mark(log)
     try:
         yield
     finally:
-        if folder.is_dir():
-            try:
-                sittings = json.loads(path.read_text())["sittings"]
-            except (OSError, ValueError, KeyError):
-                sittings = []
-            parts = {"sittings": [*sittings, _sitting(began)]}
+        if _mark(log) not in (None, before):
+            parts = {"sittings": [*_kept(path, "sittings", []), _sitting(began)]}
             _write(path, {"profile": profile, "seed": seed}, parts)
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Which file it is and how long; None where there is none."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_size
+    return None
+
+
+def _kept(path: Path, name: str, empty: dict | list) -> dict | list:
+    """An entry of a provenance.json; ``empty`` where there is none yet, or a file of no use."""
+    try:
+        found = json.loads(read_text(path))[name]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return empty
+    return found if isinstance(found, type(empty)) else empty
 
 
 def _sitting(began: int) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.images import ImageData
-from ..data.sources import load_data
+from ..data.sources import CIFAR100_CLASSES, load_data
 from ..errors import StudyError
 from ..files import ROOT, atomic_path, atomic_write, read_text, write_fault
 from ..measure.unpack import is_shipped, load_network, shipped
@@ -95,13 +95,6 @@ class Study:
             self._data = load_data(source.source, limit=source.limit, seed=self.profile.seed)
         return self._data
 
-    def limited_data(self, limit: int | None) -> ImageData:
-        """At most ``limit`` images of each class and split; None: all that the profile takes."""
-        own = self.profile.data
-        if limit is None or (own.limit is not None and own.limit <= limit):
-            return self.data
-        return load_data(own.source, limit=limit, seed=self.profile.seed)
-
     @property
     def options(self) -> dict:
         """Keyword arguments of train and prune: seed, device and a progress line that pages can show.
@@ -177,8 +170,7 @@ class Study:
         """Whether the data are CIFAR-100, by its classes, and the profile's variant the shipped one."""
         if self.profile.data.source == "synthetic" or self.profile.network.variant != "v3":
             return False
-        names = self.data.class_names
-        return len(names) == 100 and (names[0], names[-1]) == ("apple", "worm")
+        return tuple(self.data.class_names) == CIFAR100_CLASSES
 
     def save_figure(self, figure, name: str) -> None:
         """Write a matplotlib figure to ``figures/<name>.png``."""

@@ -10,8 +10,6 @@ from ..errors import StudyError
 from ..files import atomic_path, atomic_write, read_text
 from ..training.records import epoch_seconds
 
-# -- what is committed -------------------------------------------------------------------------
-
 # What of a run is shipped beside its network: how it went, and how it was made.
 EVIDENCE = {
     "train/history.csv": "train_history.csv",
@@ -23,11 +21,16 @@ EVIDENCE = {
 }
 
 
-def ship(run: Path, folder: Path) -> None:
-    """Copy histories, curves and provenance of a finished run into ``folder``, no path of this machine."""
+def check_finished(run: Path) -> None:
+    """Refuse a run that has not all that is shipped."""
     missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
+
+
+def ship(run: Path, folder: Path) -> None:
+    """Copy histories, curves and provenance of a finished run into ``folder``, no path of this machine."""
+    check_finished(run)
     provenance = json.loads(read_text(run / "provenance.json"))
     data = provenance["parameters"].get("DATA")
     if data:

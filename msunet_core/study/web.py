@@ -1,4 +1,4 @@
-"""The packed network as a script for a web page, and the names of its classes.
+"""The packed network as a script for a web page.
 
 A page opened from the file system may load scripts but fetch no file, so the network travels as one:
 ``globalThis.MSUNET_FILE = {"names": [...], "packed": "..."}``, ``packed`` in base64.
@@ -11,20 +11,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.sources import CIFAR100_CLASSES
 from ..errors import StudyError
 from ..measure.unpack import unpack
-
-# CIFAR-100's fine labels 0 .. 99 as the data set orders them, by the alphabet.
-_NAMES = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
-lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
-pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
-shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
-telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-"""
-CIFAR100_CLASSES = tuple(_NAMES.split())
 
 
 def network_script(path: str | Path, class_names: Sequence[str] = CIFAR100_CLASSES) -> str:

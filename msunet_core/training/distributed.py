@@ -5,7 +5,7 @@ here is only what the study adds: which images of a batch are whose, a batch nor
 agreement on whether to stop. A process that was not started by ``torchrun`` is one of one, and nothing here
 costs it anything.
 
-Every process draws the same plan of an epoch (see :mod:`msunet_core.augment`) and takes its rows of it.
+Every process draws the same plan of an epoch (see :mod:`msunet_core.data.augment`) and takes its rows of it.
 Gradients, losses and statistics are reduced before they are used, so that all processes hold the same
 weights, bit for bit, and come to the same decisions.
 """

@@ -15,7 +15,9 @@ def alpha_schedule(epoch: int, start: int = 20, end: int = 400) -> float:
     """Alpha of an epoch: 0 up to ``start``, linear up to 0.67449 at ``end``, 0.67749 from there on."""
     if epoch >= end:
         return ALPHA
-    return max(0.0, (epoch - start) / (end - start)) * ALPHA_RAMP_END
+    if epoch <= start:
+        return 0.0
+    return (epoch - start) / (end - start) * ALPHA_RAMP_END
 
 
 def learning_rate(config: StageConfig, epoch: int, part: float = 0.0) -> float:
