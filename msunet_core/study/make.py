@@ -50,7 +50,7 @@ SHIPPED_FILE = "runs/pretrained/*.safetensors"
 LOOKS_AT = {
     "01_data_and_cutmix": (SHIPPED_FILE,),
     "02_ternary_training": ("runs/record/*.csv", "runs/recipes/*.csv"),
-    "04_o3_validation": (SHIPPED_FILE,),
+    "04_o3_validation": (SHIPPED_FILE, "runs/pretrained/levels.csv"),
     "05_scoring_walkthrough": (SHIPPED_FILE,),
     "06_ablations": ("runs/ablations/evidence*.csv",),
     "07_packed_network": (SHIPPED_FILE,),
