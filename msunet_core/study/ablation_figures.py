@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
-from ..measure.scoring import published_table
+from ..measure.scoring import RANKED_FROM, published_table
 from .figures import plt  # with the study's style of axes
 from .grid import BASELINE
 
@@ -19,7 +19,6 @@ MARKERS = "osD^vP*Xhp<>"
 # The winner of the challenge's CIFAR-100 track and the second (proceedings.mlr.press/v123/kim20a.html),
 # both at 80 % top-1 or a little more, the least that was ranked.
 CHALLENGE_BEST = {"winner": 0.004169, "second": 0.0054}
-RANKED_TOP1 = 80.0
 
 
 def plot_effects(table: pd.DataFrame) -> plt.Figure:
@@ -75,11 +74,11 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
         _label(far, row["variant"], row["score"], row["top1"], (0, above), "center")
     best = list(CHALLENGE_BEST.values())
     far.plot(
-        best, [RANKED_TOP1] * len(best), "k|", markersize=14, markeredgewidth=2, label="challenge's best"
+        best, [RANKED_FROM] * len(best), "k|", markersize=14, markeredgewidth=2, label="challenge's best"
     )
     for score, side in zip(best, ("right", "left"), strict=True):
-        _label(far, f"{score:g}", score, RANKED_TOP1, (0, -18), side)
-    far.axhline(RANKED_TOP1, color="0.6", linewidth=0.8, linestyle=":")
+        _label(far, f"{score:g}", score, RANKED_FROM, (0, -18), side)
+    far.axhline(RANKED_FROM, color="0.6", linewidth=0.8, linestyle=":")
     for ax in (near, far):
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")

@@ -33,7 +33,7 @@ from ..measure.wide_resnet import wide_resnet
 from ..model.network import build_msunet
 from ..model.pruning import GROUPS, RAMP_EPOCHS, cubic_sparsity, prune_to_target
 from .ablations import read_results
-from .findings import CLAIMS as STATEMENTS
+from .findings import judged
 from .profile import load_profile
 from .published import FIRST_LOSSES
 
@@ -45,6 +45,7 @@ RECORD_TOLERANCE = 0.04
 COUNT_TOLERANCE = 0.005
 SEEDS = 5
 Z95 = 1.959964  # the normal quantile of a two-sided 95 % interval
+NOTHING = pd.DataFrame(columns=["choice", "value", "low", "high"])  # no table of ablations
 EVIDENCE = "evidence"  # the profile of the committed ablations; others are trials of whoever ran them
 
 
@@ -253,31 +254,28 @@ def _score(shipped: Shipped | None) -> Claim:
 def ablation_claims(folder: Path) -> Iterator[Claim]:
     """What the committed ablations in ``folder`` say to the published statements on techniques."""
     found = read_results(folder, EVIDENCE) if (folder / f"{EVIDENCE}.csv").is_file() else None
-    for claim in STATEMENTS:
-        published = claim.text.rstrip(".")
-        rows = found.table[found.table["choice"] == claim.choice] if found else pd.DataFrame()
-        row = rows[rows["value"] == claim.value] if len(rows) else rows
-        if row.empty or pd.isna(row["low"].iloc[0]):
+    verdicts = {
+        True: (REPRODUCED, "The whole interval agrees."),
+        False: (NOT_REPRODUCED, "The whole interval is against it."),
+        None: (NOT_TESTABLE, "The interval holds both answers: these runs do not resolve it."),
+    }
+    for statement, row, first, holds in judged(found.table if found else NOTHING):
+        published = statement.text.rstrip(".")
+        if row is None:
             why = "No paired ablation with several seeds is among the evidence; single runs do not answer it."
-            yield Claim(published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations", claim.choice)
+            yield Claim(published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations", statement.choice)
             continue
-        row, first, budget = row.iloc[0], rows.iloc[0]["value"], found.provenance["budget"]
-        ends = row["low"], row["high"]
-        verdict, reason = NOT_TESTABLE, "The interval holds both answers: these runs do not resolve it."
-        if claim.holds(*ends):
-            verdict, reason = REPRODUCED, "The whole interval agrees."
-        elif claim.fails(*ends):
-            verdict, reason = NOT_REPRODUCED, "The whole interval is against it."
+        budget, (verdict, reason) = found.provenance["budget"], verdicts[holds]
         yield Claim(
             published,
-            f"{claim.value} against {first}: networks of width {budget['width']:g}, "
+            f"{statement.value} against {first}: networks of width {budget['width']:g}, "
             f"{budget['training_images']:,} images, {budget['epochs']} epochs",
             f"{int(row['n'])} pairs of seeds",
-            f"{row['difference']:+.2f} points ({ends[0]:+.2f} to {ends[1]:+.2f})",
+            f"{row['difference']:+.2f} points ({row['low']:+.2f} to {row['high']:+.2f})",
             verdict,
             f"{reason} It holds for this budget.",
             "06_ablations",
-            claim.choice,
+            statement.choice,
         )
 
 

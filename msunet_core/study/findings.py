@@ -5,7 +5,7 @@ They gave no number for it: how much is "little" is this study's choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -17,8 +17,8 @@ LITTLE = 0.5
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A published claim about one row against the first level of its factor.
+class Statement:
+    """What was held of one row against the first level of its factor.
 
     text : the claim
     holds : what the interval (low, high) must satisfy for "as claimed", and for "against the claim"
@@ -47,12 +47,29 @@ def _much(low: float, high: float) -> bool:
     return high < -LITTLE
 
 
-CLAIMS = (
-    Claim("Ternary weights are better than binary ones.", "weights", "binary", _worse, _better),
-    Claim("CutMix's consistency helps.", "consistency", "as released", _better, _worse),
-    Claim(f"Half precision, O3, costs less than {LITTLE} points.", "opt level", "O3", _little, _much),
-    Claim(f"90 % of squeeze-excitation cost less than {LITTLE} points.", "pruner", "V1", _little, _much),
+STATEMENTS = (
+    Statement("Ternary weights are better than binary ones.", "weights", "binary", _worse, _better),
+    Statement("CutMix's consistency helps.", "consistency", "as released", _better, _worse),
+    Statement(f"Half precision, O3, costs less than {LITTLE} points.", "opt level", "O3", _little, _much),
+    Statement(f"90 % of squeeze-excitation cost less than {LITTLE} points.", "pruner", "V1", _little, _much),
 )
+
+
+def judged(table: pd.DataFrame) -> Iterator[tuple[Statement, pd.Series | None, str, bool | None]]:
+    """Each statement with what a table of ablations says to it.
+
+    Yields the statement, its row (None where it was not measured), the level that it is compared with, and
+    whether it holds: None where the interval holds both answers.
+    """
+    for statement in STATEMENTS:
+        of = table[table["choice"] == statement.choice]
+        row = of[of["value"] == statement.value]
+        if row.empty or pd.isna(row["low"].iloc[0]):
+            yield statement, None, "", None
+            continue
+        ends = row["low"].iloc[0], row["high"].iloc[0]
+        holds = True if statement.holds(*ends) else False if statement.fails(*ends) else None
+        yield statement, row.iloc[0], of["value"].iloc[0], holds
 
 
 def claims_beside_findings(table: pd.DataFrame) -> pd.DataFrame:
@@ -60,20 +77,14 @@ def claims_beside_findings(table: pd.DataFrame) -> pd.DataFrame:
 
     The verdict is "as claimed", "against the claim" or "not resolved"; empty where the table has no such row.
     """
+    verdicts = {True: "as claimed", False: "against the claim", None: "not resolved"}
     rows = []
-    for claim in CLAIMS:
-        of = table[table["choice"] == claim.choice]
-        row = of[of["value"] == claim.value]
-        if row.empty or pd.isna(row["low"].iloc[0]):
-            rows.append((claim.text, "not measured here", ""))
-            continue
-        row, first = row.iloc[0], of.iloc[0]["value"]
-        verdict = "not resolved"
-        if claim.holds(row["low"], row["high"]):
-            verdict = "as claimed"
-        elif claim.fails(row["low"], row["high"]):
-            verdict = "against the claim"
-        rows.append((claim.text, f"{claim.value} against {first}: {difference(row)}", verdict))
+    for statement, row, first, holds in judged(table):
+        if row is None:
+            rows.append((statement.text, "not measured here", ""))
+        else:
+            found = f"{statement.value} against {first}: {difference(row)}"
+            rows.append((statement.text, found, verdicts[holds]))
     return pd.DataFrame(rows, columns=["claimed", "found", "verdict"])
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..measure.account import account
 from ..measure.packed_format import PARTS
-from ..measure.scoring import published_table
+from ..measure.scoring import RANKED_FROM, SPARSE_FROM, published_table
 from ..model.ternary import TernaryConv2d
 from .claims import Shipped
 from .pages import figure, kinds_table, provenance_table, table
@@ -21,7 +21,6 @@ from .published import published_record
 WIDTH = 5.2
 COLOURS = {"train": "tab:blue", "prune": "tab:orange"}
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
-RANKED_FROM = 80  # percent of the test images right, a hard threshold (specification §1)
 ABSENT = "No network is shipped: `make pretrained` puts one there.\n"
 PARTS_OF_THE_PAGE = ("headline", "budget", "curves", "zeros", "score", "bytes", "provenance")
 
@@ -60,7 +59,7 @@ def _headline(shipped: Shipped) -> str:
     words = table(("MSUNet-v3", "published", "shipped here"), rows, numbers=2)
     if accuracy and accuracy["top1"] < RANKED_FROM:
         words += (
-            f"\nA network below {RANKED_FROM} % had no rank in the challenge, whatever its "
+            f"\nA network below {RANKED_FROM:g} % had no rank in the challenge, whatever its "
             "score: the one shipped here would have had none.\n"
         )
     return words
@@ -185,7 +184,13 @@ def _zeros(model: nn.Module, folder: Path) -> str:
             weight = layer.signs() if isinstance(layer, TernaryConv2d) else layer.weight
             zeros = 1 - weight.count_nonzero().item() / weight.numel()
             dead = int((weight.flatten(1).count_nonzero(1) == 0).sum())
-            kind = "ternary" if isinstance(layer, TernaryConv2d) else "sparse" if zeros >= 0.4 else "dense"
+            kind = (
+                "ternary"
+                if isinstance(layer, TernaryConv2d)
+                else "sparse"
+                if zeros >= SPARSE_FROM
+                else "dense"
+            )
             rows.append((name, kind, weight.numel(), zeros, dead))
     layers = pd.DataFrame(rows, columns=["name", "kind", "weights", "zeros", "dead"])
     drawn, ax = plt.subplots(figsize=(WIDTH, 0.19 * len(layers) + 0.8), layout="constrained")
