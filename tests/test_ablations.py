@@ -227,6 +227,7 @@ def test_results_travel_without_their_folders_and_only_what_is_added_is_computed
     shutil.rmtree(tmp_path / "smoke")
     stop_at = None
     found = run_ablations(tiny(), first, tmp_path, progress=False)
+    assert found.provenance["wall_seconds"] is None, "the time of the stopped sitting is not known"
     # A pruning goes on from weights, so its training is needed again; the float network is not.
     assert computed[2:] == ["train-baseline-v3", "prune-pruner-V2"]
     shutil.rmtree(tmp_path / "smoke")

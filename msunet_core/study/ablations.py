@@ -253,7 +253,10 @@ def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
         + ("" if grid.path == GRID else f"--grid {grid.path.name} ")
         + ("--scheduler ADDRESS" if scheduler else f"--jobs {jobs}"),
         "started": before.get("started", now),
-        "wall_seconds": round(before.get("wall_seconds", 0) + time.time() - began),
+        # A sitting that was stopped left its runs and not its time.
+        "wall_seconds": round((before.get("wall_seconds") or 0) + time.time() - began)
+        if ran == len(todo.runs) or before.get("wall_seconds")
+        else None,
         "seconds_of_all_runs": round(sum(result["seconds"] for result in succeeded)),
         "processors": sorted({result["cpu"] for result in succeeded}),
         "threads_per_run": sorted({result["threads"] for result in succeeded}),
