@@ -418,6 +418,10 @@ def test_pictures_hold_what_they_promise(tiny, tmp_path):
             min(text.get_fontsize() for text in figure.findobj(match=lambda o: hasattr(o, "get_fontsize")))
             >= 8
         )
+    figures[1].draw_without_rendering()
+    low, high = figures[1].axes[0].get_xlim()
+    ticks = [label.get_text() for label in figures[1].axes[0].get_xticklabels()]
+    assert sum(low <= float(text) <= high for text in ticks if text) >= 2, "an axis without numbers"
     drawn = {tuple(line.get_xdata()) for line in figures[1].axes[1].lines}
     assert (0.01711, 0.01255, 0.01083) in drawn and (0.004169, 0.0054) in drawn
     assert "published network" in budget_of(found) and "2 epochs" in budget_of(found)

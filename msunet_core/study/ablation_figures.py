@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..measure.scoring import RANKED_FROM, published_table
 from .figures import plt  # with the study's style of axes
@@ -85,6 +85,7 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(x=0.15, y=0.12)
         ax.set(xlabel="score (log scale, lower is better)", ylabel="top-1 (%), mean over seeds")
+    near.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))  # rows lie within one power of ten
     near.set_title("Upper left is better: accuracy against score", fontsize=10, loc="left")
     far.set_title("The same rows beside full training of wide networks", fontsize=10, loc="left")
     near.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
@@ -122,6 +123,7 @@ def plot_factor_curves(curves: pd.DataFrame) -> plt.Figure:
             left.plot(level["epoch"] + 1, level["train_loss"], style, label=value)
             tested = level.dropna(subset="top1")
             right.plot(tested["epoch"] + 1, tested["top1"], style, marker="o", markersize=4, label=value)
+        right.sharex(left)
         left.set_title(choice, fontsize=10, loc="left", weight="bold")
         left.legend(fontsize=8)
         left.set_ylabel("training loss")
