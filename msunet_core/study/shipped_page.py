@@ -184,13 +184,8 @@ def _zeros(model: nn.Module, folder: Path) -> str:
             weight = layer.signs() if isinstance(layer, TernaryConv2d) else layer.weight
             zeros = 1 - weight.count_nonzero().item() / weight.numel()
             dead = int((weight.flatten(1).count_nonzero(1) == 0).sum())
-            kind = (
-                "ternary"
-                if isinstance(layer, TernaryConv2d)
-                else "sparse"
-                if zeros >= SPARSE_FROM
-                else "dense"
-            )
+            stored = "sparse" if zeros >= SPARSE_FROM else "dense"
+            kind = "ternary" if isinstance(layer, TernaryConv2d) else stored
             rows.append((name, kind, weight.numel(), zeros, dead))
     layers = pd.DataFrame(rows, columns=["name", "kind", "weights", "zeros", "dead"])
     drawn, ax = plt.subplots(figsize=(WIDTH, 0.19 * len(layers) + 0.8), layout="constrained")
