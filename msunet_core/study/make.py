@@ -78,7 +78,8 @@ class Request:
         self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
         check_run_name(self.run)
         self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
-        shown = self.given | {name: Path(self.given[name]).name for name in ("DATA",) if name in self.given}
+        # It goes into provenance, which is published: of the data the name, not where this machine has them.
+        shown = {name: Path(value).name if name == "DATA" else value for name, value in self.given.items()}
         typed_values = [shlex.quote(f"{name}={value}") for name, value in shown.items()]
         self.command = " ".join(["make", goals, *typed_values])
 
