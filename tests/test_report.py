@@ -133,13 +133,13 @@ def test_the_modules_that_a_notebook_calls_are_those_that_define_what_it_imports
 
 def test_a_toy_says_so_in_words_and_the_full_study_does_not():
     toy = load_profile("smoke")
-    assert pages.toy_words(toy) == ["synthetic images", "narrow network"]
     said = pages.run_statement(toy, "smoke")
-    assert "toy" in said and "not CIFAR-100" in said and "of the published width" in said
-    assert pages.toy_words(load_profile("cpu", limit=5)) == ["part of the images"]
-    assert pages.toy_words(load_profile("paper")) == []
+    assert "A toy run" in said
+    assert "synthetic images, at most 30 of each class, a network of 0.125 times the published width" in said
+    assert load_profile("cpu", limit=5).shortfalls() == ["at most 5 of each class"]
+    assert load_profile("paper").shortfalls() == []
     assert "toy" not in pages.run_statement(load_profile("paper"), "paper").replace("class: note real", "")
-    assert pages.toy_words(pages.profile_of({})) == ["how it was made is not recorded"]
+    assert "How this run was made is not recorded" in pages.run_statement(pages.profile_of({}), "run")
     assert pages.profile_of({"parameters": {"PROFILE": "gone.yaml"}}) is None
 
 

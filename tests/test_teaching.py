@@ -33,7 +33,6 @@ def study(tmp_path, monkeypatch):
 
 
 def test_a_run_that_falls_short_of_the_published_set_up_says_in_what(study):
-    assert study.is_toy()
     assert (
         "synthetic images" in study.about()
         and "0.125 times" in study.about()
@@ -45,7 +44,7 @@ def test_a_run_that_falls_short_of_the_published_set_up_says_in_what(study):
 
 def test_the_real_thing_says_nothing_and_each_shortfall_alone_is_enough(tmp_path, monkeypatch):
     monkeypatch.setenv("MSUNET_RUNS", str(tmp_path))
-    assert Study("paper").about() == "" and not Study("paper").is_toy()
+    assert Study("paper").about() == ""
     assert "at most 5 of each class" in Study("paper", limit=5).about()
     assert "0.5 times" in Study("paper", overrides="network.width=0.5").about()
 

@@ -146,20 +146,6 @@ def profile_of(provenance: Mapping) -> Profile | None:
         return None
 
 
-def toy_words(profile: Profile | None) -> list[str]:
-    """In what a run falls short of the published set-up: short phrases, empty where it does not."""
-    if profile is None:
-        return ["how it was made is not recorded"]
-    words = []
-    if profile.data.source == "synthetic":
-        words.append("synthetic images")
-    elif profile.data.limit is not None:
-        words.append("part of the images")
-    if profile.network.width != 1.0:
-        words.append("narrow network" if profile.network.width < 1 else "widened network")
-    return words
-
-
 def run_statement(profile: Profile | None, run: str) -> str:
     """The words, on each page of a run, that tell a toy from the real thing."""
     if profile is None:
@@ -168,25 +154,19 @@ def run_statement(profile: Profile | None, run: str) -> str:
             f"Run {text(run)} has no provenance, or its profile is gone: "
             "take its numbers for an illustration.\n:::\n"
         )
-    words, train = [], profile.train.epochs + profile.prune.epochs
-    if profile.data.source == "synthetic":
-        words.append("the images are **procedural drawings** that the study makes itself, not CIFAR-100")
-    elif profile.data.limit is not None:
-        words.append(f"only {profile.data.limit:,} images of each class are used")
-    if profile.network.width != 1.0:
-        words.append(f"the network has **{profile.network.width:g} of the published width**")
-    if not words:
+    shortfalls, epochs = profile.shortfalls(), profile.train.epochs + profile.prune.epochs
+    if not shortfalls:
         return (
             ":::{admonition} The full network on all of its images\n:class: note real\n"
-            f"Run {text(run)}: profile {text(profile.name)}, {train:,} epochs of training and pruning; "
+            f"Run {text(run)}: profile {text(profile.name)}, {epochs:,} epochs of training and pruning; "
             "full width, every image.\n:::\n"
         )
     return (
         ":::{admonition} A toy run\n:class: caution toy\n"
-        f"Run {text(run)}, profile {text(profile.name)}: {'; '.join(words)}. "
-        f"It shows how each technique works, in {train:,} epochs. "
-        "Accuracies and scores of what it trained say nothing about MSUNet and do not compare with published "
-        "ones; those of the [shipped network](shipped.md) do, and a page says so where it shows them.\n:::\n"
+        f"Run {text(run)}, profile {text(profile.name)}: {', '.join(shortfalls)}. "
+        f"It shows how each technique works, in {epochs:,} epochs. Accuracies and scores of what it trained "
+        "say nothing about MSUNet on CIFAR-100 and do not compare with published ones; "
+        "those of the [shipped network](shipped.md) do, and a page says so where it shows them.\n:::\n"
     )
 
 

@@ -73,6 +73,16 @@ class Profile:
             if value not in choices:
                 raise StudyError(f"{name} {value!r} is unknown; {closest(value, choices)}")
 
+    def shortfalls(self) -> list[str]:
+        """In what a run of it is a toy, short of the published set-up; empty where it is not."""
+        limit, width = self.data.limit, self.network.width
+        told = {
+            "synthetic images": self.data.source == "synthetic",
+            f"at most {limit} of each class": limit is not None,
+            f"a network of {width:g} times the published width": width != 1.0,
+        }
+        return [words for words, holds in told.items() if holds]
+
 
 MAX_YAML = 2**16  # characters of a profile or a value; the longest of ours has 2,000
 MAX_BRACKETS = 300

@@ -26,6 +26,7 @@ from ..errors import StudyError, one_line, reason
 from ..files import ROOT, write_fault
 from . import pages
 from .claims import EVIDENCE, claims, load_shipped
+from .profile import Profile
 from .shipped_page import shipped_parts
 
 DOCS = ROOT / "docs"
@@ -129,7 +130,7 @@ def _stage(folder: Path, notebooks: dict[str, nbformat.NotebookNode], source: Pa
             "code": pages.code_list(code),
             "authors": pages.authors(_text(ROOT / "CITATION.cff")),
             "citation": pages.citation(_text(ROOT / "CITATION.cff")),
-            "contents": _contents(source, list(notebooks), pages.toy_words(profile)),
+            "contents": _contents(source, list(notebooks), profile),
         },
     )
 
@@ -144,11 +145,11 @@ def _fill(source: Path, places: dict[str, str]) -> None:
         path.write_text(PLACE.sub(lambda found: places[found[1]], page))
 
 
-def _contents(source: Path, notebooks: list[str], toy: list[str]) -> str:
+def _contents(source: Path, notebooks: list[str], profile: Profile | None) -> str:
     others = {path.stem for path in source.glob("*.md")} - {"index", *FIRST, *LAST}
     parts = {
         "The study": [name for name in FIRST if (source / f"{name}.md").exists()],
-        f"Notebooks, a toy run: {', '.join(toy)}" if toy else "Notebooks": notebooks,
+        "Notebooks, a toy run" if not profile or profile.shortfalls() else "Notebooks": notebooks,
         "Reference": [name for name in (*sorted(others), *LAST) if (source / f"{name}.md").exists()],
     }
     return "\n".join(

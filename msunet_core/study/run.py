@@ -108,31 +108,18 @@ class Study:
         """A network with the fresh weights of the profile's seed."""
         return new_network(self.profile, **{"num_classes": self.data.num_classes, **changes})
 
-    def is_toy(self) -> bool:
-        """Whether the run falls short of the published set-up: other images, fewer of them, another width."""
-        return bool(self._shortfalls())
-
     def about(self, name: str = "the network of this run") -> str:
         """What tells a toy from the real thing, made from the profile; empty for the latter.
 
         name : what :meth:`trained` calls the network that is spoken of; the shipped one is no toy
         """
-        if name == "the shipped network" or not self.is_toy():
+        shortfalls = self.profile.shortfalls()
+        if name == "the shipped network" or not shortfalls:
             return ""
-        words = ", ".join(self._shortfalls())
         return (
-            f"A toy: {words} (profile {self.profile.name}). It shows how each technique works; "
-            "its accuracies say nothing about MSUNet's."
+            f"A toy: {', '.join(shortfalls)} (profile {self.profile.name}). "
+            "It shows how each technique works; its accuracies say nothing about MSUNet's."
         )
-
-    def _shortfalls(self) -> list[str]:
-        source, limit, width = self.profile.data.source, self.profile.data.limit, self.profile.network.width
-        told = {
-            "synthetic images": source == "synthetic",
-            f"at most {limit} of each class": limit is not None,
-            f"a network of {width:g} times the published width": width != 1.0,
-        }
-        return [words for words, holds in told.items() if holds]
 
     def start_of_pruning(self) -> nn.Module:
         """The network that training ended with; trained now, which is said, where notebook 02 has not."""
