@@ -35,6 +35,12 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def failure(error: BaseException) -> str:
+    """What failed, where any exception may come: the line of a StudyError, else kind and first line."""
+    kind, why = type(error).__name__, reason(error)
+    return why if isinstance(error, StudyError) or why == kind else f"{kind}: {why}"
+
+
 def shown(value: object) -> str:
     """``repr`` of a value that somebody gave, short however large or deep it is."""
     if isinstance(value, int) and abs(value) >= 10**40:

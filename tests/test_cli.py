@@ -14,6 +14,7 @@ import torch
 from msunet_core import ImageData, build_msunet, load_checkpoint, pack
 from msunet_core.__main__ import main
 from msunet_core.data.sources import CIFAR100_CLASSES, save_npz
+from msunet_core.errors import StudyError, failure
 from msunet_core.measure import unpack as unpack_module
 from msunet_core.measure.unpack import load_network
 from msunet_core.training.stages import CHECKPOINT
@@ -304,3 +305,15 @@ def test_a_rate_that_is_far_too_high_advises_a_lower_one(capsys, npz, tmp_path, 
     assert main(["train", "--out", str(tmp_path / "out"), *common]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and "lower lr 100" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StudyError("lr is -1; give a number above 0"), "lr is -1; give a number above 0"),
+        (MemoryError(), "MemoryError"),  # a kind without words
+        (RuntimeError("\nno kernel image\nfor this device"), "RuntimeError: no kernel image"),
+    ],
+)
+def test_whatever_fails_is_told_in_one_line_with_its_kind_where_that_says_something(error, told):
+    assert failure(error) == told

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..compiler import compiled
 from ..data.normalisation import IMAGE_SIZE, MEAN, STD
-from ..errors import StudyError
+from ..errors import StudyError, reason
 from ..model.architecture import VARIANTS, Block, scaled, split_channels
 from .packed_reader import Reader, Stored, scale_of
 
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
             function.argtypes = [C_TYPES[letter] for letter in signature]
             function.restype = RESULTS.get(name, c_int)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.info("the packed network runs in PyTorch: %s", str(error).splitlines()[0])
+        log.info("the packed network runs in PyTorch: %s", reason(error))
         return None
     return loaded
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.normalisation import MEAN, STD
-from ..errors import StudyError
+from ..errors import StudyError, reason
 from ..model.architecture import MAX_BYTES, Layer, stored_layers
 from .packed_format import DIGEST_AT, FORMAT, MAX_HEADER, NETWORK_KEYS, STREAMS, digest_of, norm_parts
 
@@ -64,8 +64,7 @@ class Reader:
         except StudyError:
             raise
         except Exception as error:  # a stranger's bytes can make any reader raise anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise self.refuse(f"is refused: {reason}") from error
+            raise self.refuse(f"is refused: {reason(error)[:200]}") from error
 
     def header(self) -> dict:
         if self.content is None:

@@ -19,7 +19,7 @@ import torch
 from distributed import Client, LocalCluster, get_worker, wait
 from distributed.scheduler import KilledWorker
 
-from ..errors import StudyError
+from ..errors import StudyError, failure
 from .grid_runs import Run, perform
 from .provenance import usable_cores
 
@@ -129,7 +129,7 @@ def _result(future) -> dict:
         times = "once" if error.allowed_failures == 0 else f"{error.allowed_failures + 1} times"
         return {"failed": f"its worker died {times}; was the memory enough? (its last checkpoint is kept)"}
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"}
+        return {"failed": failure(error)}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch
 
 from ..data.images import IMAGE_SIZE, ImageData
 from ..data.sources import load_data
-from ..errors import StudyError
+from ..errors import StudyError, failure
 from ..files import atomic_write
 from ..measure.evaluation import evaluate
 from ..measure.scoring import score
@@ -182,12 +182,11 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
         with recorded_stage(run.folder, run.folder.parent.parent.name, run.seed):
             return _perform(run, levels, report)
     except Exception as error:  # whatever it was, the other rows go on
-        reason = (str(error).strip() or "no message").splitlines()[0]
+        why = failure(error)
         # The table may be published, and where this machine has its files is no part of it.
-        reason = reason.replace(f"{run.folder.parents[1]}/", "").replace(
-            f"{Path(run.data.source).parent}/", ""
-        )
-        return {"failed": reason if isinstance(error, StudyError) else f"{type(error).__name__}: {reason}"}
+        for folder in (run.folder.parents[1], Path(run.data.source).parent):
+            why = why.replace(f"{folder}/", "")
+        return {"failed": why}
 
 
 def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None]) -> dict:

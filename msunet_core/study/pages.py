@@ -21,7 +21,7 @@ import yaml
 from docutils.nodes import make_id
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from ..errors import StudyError
+from ..errors import StudyError, reason
 from ..files import ROOT
 from .claims import NOT_REPRODUCED, REPRODUCED, Claim
 from .profile import Profile, load_profile
@@ -475,7 +475,7 @@ def authors(cff: str) -> str:
     try:
         works = (yaml.safe_load(cff) or {}).get("references") or []
     except yaml.YAMLError as error:
-        raise StudyError(f"CITATION.cff is not YAML ({str(error).splitlines()[0]}); correct it") from error
+        raise StudyError(f"CITATION.cff is not YAML ({reason(error)}); correct it") from error
     lines = []
     for work in works:
         names = ", ".join(

@@ -22,7 +22,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 
-from ..errors import StudyError, one_line, reason
+from ..errors import StudyError, failure, one_line, reason
 from ..files import ROOT, write_fault
 from . import pages
 from .claims import EVIDENCE, claims, load_shipped
@@ -75,7 +75,7 @@ def build_site(run_folder: str | Path) -> Path:
     except Exception as error:  # a folder of a stranger may hold anything in the place of anything
         raise StudyError(
             f"{folder} has a notebook, provenance.json or metrics.json that no run writes "
-            f"({type(error).__name__}: {reason(error)}); run its notebooks again"
+            f"({failure(error)}); run its notebooks again"
         ) from error
     return folder / "site" / "index.html"
 

@@ -86,7 +86,9 @@ def shown_progress(progress: bool | Progress) -> Iterator[Progress]:
     if callable(progress):
         yield progress
         return
-    with tqdm(disable=not progress, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+    # smoothing=0, the rate since the start: epochs of shrunk and of whole images take turns, and an ETA
+    # of the last steps alone would swing between them.
+    with tqdm(disable=not progress, unit="step", mininterval=0.5, smoothing=0, dynamic_ncols=True) as bar:
 
         def show(done: int, total: int, text: str) -> None:
             if bar.total != total:
