@@ -171,7 +171,7 @@ def test_the_table_of_the_readme_comes_from_the_report():
         "| peak memory of training | 6.7 GB | 3.6 GB | 1.9 |",
     ]
     assert lines[6].startswith("2 threads on 2 cores of A Processor; medians of 5 alternated repeats")
-    assert "moves 3.21 GB to and from memory, 42 % of what a copy at 11.0 GB/s would" in lines[6]
+    assert "moves 3.21 GB to and from memory, 42 % of what a copy at 11.0 GB/s moves" in lines[6]
     assert "layer by layer it would have to move 9.14 GB" in lines[6]
 
 
