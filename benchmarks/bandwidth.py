@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 
@@ -103,11 +102,6 @@ def step_bytes(
         model(torch.zeros(1, channels, size, size))
     parameters = sum(p.numel() for p in model.parameters())
     return values * batch * passes * (2 if level == "O2" else 4) + parameters * PARAMETER[level]
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median time of ``work`` on a device, two first calls not counted."""
-    return statistics.median(_times(work, device, repeats))
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:

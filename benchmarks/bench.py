@@ -394,7 +394,8 @@ def markdown(report: dict) -> str:
     if share:
         text += (
             f" A step moves {share['bytes'] / 1e9:.2f} GB to and from memory,"
-            f" {100 * share['share']:.0f} % of what a copy at {share['copy GB/s']:.1f} GB/s moves in that time;"
+            f" {100 * share['share']:.0f} % of what a copy at {share['copy GB/s']:.1f} GB/s moves in that"
+            " time;"
             f" fused layer by layer it would have to move {share['bytes layer by layer'] / 1e9:.2f} GB."
         )
     scaling = report["results"].get("scaling")

@@ -129,9 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # torchrun started several, and these commands are for one
     try:
         arguments.run(arguments)
-    except StudyError as error:
+    except BrokenPipeError:  # | head
+        sys.stderr.close()
+        return 141
+    except (StudyError, OSError) as error:
         if first_to_fail():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         if rank() == 0:
@@ -140,9 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 130
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
-        return 141
     return 0
 
 
@@ -184,6 +184,8 @@ def _recorded(folder: Path, profile: Profile) -> contextlib.AbstractContextManag
 def run_grid(arguments: argparse.Namespace) -> None:
     from .study.ablations import run_ablations  # importing SciPy takes a second
 
+    if arguments.only and not arguments.out:
+        raise StudyError("--only makes tables of a part of the grid: give a folder of their own, --out")
     profile = _profile(arguments)
     grid = load_grid(profile, arguments.grid, only=arguments.only)
     out = arguments.out or runs_folder() / "ablations"

@@ -185,7 +185,7 @@ def flush_to_disk(path: Path) -> None:
 
 def _remove_orphans(path: Path) -> None:
     """Remove what a killed process left half-written for this very `path`."""
-    pattern = re.compile(rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
+    pattern = re.compile(rf"\.{re.escape(path.stem)}\.(\d{{1,9}})\.tmp{re.escape(path.suffix)}")
     with contextlib.suppress(OSError):
         for entry in os.scandir(path.parent):
             if (match := pattern.fullmatch(entry.name)) and not _is_alive(int(match[1])):

@@ -91,7 +91,6 @@ def test_the_levels_of_a_factor_differ_and_one_is_compared_with(name):
     rows = load_grid(load_profile(name)).rows
     for choice in {row.choice for row in rows}:
         of = [row for row in rows if row.choice == choice]
-        assert [row.reference for row in of] == [True] + [False] * (len(of) - 1)
         assert len({repr(row.profile) for row in of}) == len(of), choice
 
 
@@ -164,7 +163,11 @@ def test_rows_are_what_their_runs_say_and_equal_runs_are_computed_once(tiny, ima
     assert again.provenance == found.provenance
 
 
-def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path):
+def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("MSUNET_COMMAND", raising=False)
+    asked = ["ablations", f"--grid={tmp_path}/mine.yaml", "--data", f"{tmp_path}/images.npz"]
+    asked += ["--set", "ablation.lr=0.1", "--scheduler", "tcp://10.0.0.7:8786"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/msunet_core/__main__.py", *asked])
     profile, own_grid = tiny(), shutil.copy(GRID, tmp_path / "mine.yaml")
     grid = load_grid(profile, own_grid, factors={"weights": FACTORS["weights"]}, seeds=[0, 1])
     found = run_ablations(profile, grid, tmp_path / "out", progress=False)
@@ -173,7 +176,7 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path):
         written, own = getattr(read, name), getattr(found, name)
         pd.testing.assert_frame_equal(written, own, check_dtype=False, obj=name)
     assert ",".join(found.table) == (
-        "choice,value,n,mean,sd,difference,low,high,p,resolved,params,flops,score,failed"
+        "choice,value,n,mean,sd,difference,low,high,p,resolved,pairs,params,flops,score,failed"
     )
     for path in (tmp_path / "out").glob("smoke*.*"):
         assert str(tmp_path) not in path.read_text(), path
@@ -182,7 +185,10 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path):
         made["seeds"] == [0, 1] and made["budget"]["epochs"] == 1 and made["budget"]["training_images"] == 24
     )
     assert made["runs"] == 4 and made["wall_seconds"] >= 0 and made["processors"]
-    assert made["command"] == "python -m msunet_core ablations --profile smoke --grid mine.yaml --jobs 1"
+    assert made["command"] == (
+        "python -m msunet_core ablations --grid=mine.yaml --data images.npz --set ablation.lr=0.1 "
+        "--scheduler tcp://HOST:PORT"
+    )
 
 
 def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, monkeypatch):
@@ -245,6 +251,23 @@ def test_results_travel_without_their_folders_and_only_what_is_added_is_computed
     assert sum(name.startswith("prune-pruner-V2") for name in pruned) == 1, "what another grid needs is kept"
 
 
+def test_a_run_is_known_whatever_row_asked_for_it_first(tiny, tmp_path, monkeypatch):
+    """Its folder and its line are called after a row; another order of rows calls it otherwise."""
+    factors = {"weights": FACTORS["weights"], "alpha": {"0.7": {}, "1.0": {"ablation.alpha": 1.0}}}
+    run_ablations(tiny(), load_grid(tiny(), factors=factors, seeds=[0]), tmp_path, progress=False)
+    other = load_grid(tiny(), factors={"mine": {"b": {"ablation.alpha": 1.0}, "a": {}}}, seeds=[0])
+    lines = (tmp_path / "smoke_runs.json").read_text()
+
+    def nothing_is_to_be_done(*_):
+        raise AssertionError("a run was computed again")
+
+    monkeypatch.setattr(ablations, "perform", nothing_is_to_be_done)
+    run_ablations(tiny(), other, tmp_path, progress=False)
+    shutil.rmtree(tmp_path / "smoke")
+    run_ablations(tiny(), other, tmp_path, progress=False)
+    assert (tmp_path / "smoke_runs.json").read_text() == lines
+
+
 def test_a_pruning_does_not_start_from_a_training_that_was_stopped(tiny, tmp_path, monkeypatch):
     """Its result is in the file of runs, what lies in its folder is a first part of it, begun anew."""
     grid = load_grid(tiny(), factors={"pruner": FACTORS["pruner"]}, seeds=[0])
@@ -270,11 +293,15 @@ def test_other_code_computes_a_grid_anew(tiny, tmp_path, monkeypatch):
     grid = load_grid(tiny(), factors={"pruner": FACTORS["pruner"]}, seeds=[0])
     table = run_ablations(tiny(), grid, tmp_path, progress=False).table
     folder = next(tmp_path.glob("smoke/train-*/seed-0"))
+    told = json.loads((tmp_path / "smoke_runs.json").read_text()).values()
+    seconds = sorted(result["seconds"] for result in told)
     for module in (grid_runs, grid_results):
         monkeypatch.setattr(module, "code_of_runs", lambda: "tests otherwise")
     monkeypatch.setattr(grid_runs, "evaluate", lambda *_: {"top1": 12.0, "top5": 34.0, "loss": 5.0})
     assert set(run_ablations(tiny(), grid, tmp_path, progress=False).table["mean"]) == {12.0}
     assert not folder.with_name("seed-0.1").exists(), "a training is not made anew because tests changed"
+    told = json.loads((tmp_path / "smoke_runs.json").read_text()).values()
+    assert sorted(result["seconds"] for result in told) == seconds, "a run took what its training took"
 
     monkeypatch.setattr(grid_runs, "evaluate", evaluate)
     for module in (grid_runs, grid_results):

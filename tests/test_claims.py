@@ -24,7 +24,7 @@ from msunet_core.study.published import FIRST_LOSSES
 def ablations(folder, *rows):
     """Claims by published words, of an evidence table with these rows."""
     folder.mkdir(exist_ok=True)
-    columns = ["choice", "value", "n", "mean", "difference", "low", "high"]
+    columns = ["choice", "value", "pairs", "mean", "difference", "low", "high"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "evidence.csv", index=False)
     for name in ("seeds", "curves"):
         pd.DataFrame({"choice": [], "value": []}).to_csv(folder / f"evidence_{name}.csv", index=False)
@@ -35,7 +35,7 @@ def ablations(folder, *rows):
 
 def factor(choice, first, value, difference=None, low=None, high=None):
     """The first level of a factor, and another one beside it."""
-    return [(choice, first, 6, 40.0, None, None, None), (choice, value, 6, 40.0, difference, low, high)]
+    return [(choice, first, 0, 40.0, None, None, None), (choice, value, 6, 40.0, difference, low, high)]
 
 
 def test_the_interval_of_a_share_is_wilsons():
@@ -80,15 +80,31 @@ def test_without_evidence_nothing_is_claimed_whatever_trials_lie_about(tmp_path)
 def test_the_record_is_met_where_every_epoch_is_close(tmp_path, off, verdict):
     path = tmp_path / "history.csv"
     losses = [FIRST_LOSSES[0], FIRST_LOSSES[1] + off, FIRST_LOSSES[2]]
-    pd.DataFrame({"epoch": [0, 1, 2], "train_loss": losses}).to_csv(path, index=False)
+    pd.DataFrame({"epoch": [0, 1, 2], "train_loss": losses, "test_top1": 1.0}).to_csv(path, index=False)
     claim = record_claim(path)
     assert claim.verdict == verdict and claim.n == "3 epochs"
     assert f"{abs(off):.3f} (epoch 1)" in claim.result
 
 
-def test_a_history_that_is_none_is_refused(tmp_path):
-    (tmp_path / "history.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(StudyError, match="is no history"):
+def test_the_record_is_held_epoch_by_epoch_wherever_a_history_begins(tmp_path):
+    path = tmp_path / "history.csv"
+    pd.DataFrame({"epoch": [1, 2], "train_loss": FIRST_LOSSES[1:3], "test_top1": 1.0}).to_csv(
+        path, index=False
+    )
+    claim = record_claim(path)
+    assert (claim.verdict, claim.n) == (REPRODUCED, "2 epochs")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a,b\n1,2\n", "is no history"),
+        ("epoch,train_loss,test_top1\n", "has none of the epochs of the published record"),
+    ],
+)
+def test_a_history_that_is_none_is_refused(tmp_path, text, said):
+    (tmp_path / "history.csv").write_text(text)
+    with pytest.raises(StudyError, match=said):
         record_claim(tmp_path / "history.csv")
 
 

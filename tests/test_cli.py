@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from msunet_core import ImageData, build_msunet, load_checkpoint, pack
+from msunet_core import __main__ as main_module
 from msunet_core.__main__ import main
 from msunet_core.data.sources import CIFAR100_CLASSES, save_npz
 from msunet_core.errors import StudyError, failure
@@ -276,6 +278,7 @@ def test_the_study_runs_on_data_of_any_number_of_classes_however_they_are_called
         (["--seed", "9223372036854775808"], "seed 9223372036854775808 is outside"),
         (["--set", "train.lr=\x1b[31m"], "override 'train.lr' is not readable YAML"),
         (["--set", "train.lr=red"], "not of type float"),
+        (["--set", "network.variant=v1"], "give VARIANT (--variant) instead"),
         (["--data", "a\nb"], "unknown data source"),
         (["--nothing"], "unrecognized arguments"),
     ],
@@ -291,6 +294,18 @@ def test_a_hostile_value_is_refused_in_one_line(capsys, npz, tmp_path, arguments
 def test_a_name_too_long_for_a_file_is_refused_in_one_line(capsys, arguments):
     assert "is not a file" in error_of(capsys, *arguments, "9" * 5000)
     assert "is unknown" in error_of(capsys, "data", "--profile", "9" * 5000 + ".yaml")
+
+
+def test_tables_of_a_part_of_the_grid_replace_no_whole_ones(capsys):
+    assert "give a folder of their own, --out" in error_of(capsys, "ablations", "--only", "alpha")
+
+
+def test_a_fault_of_the_system_is_one_line(capsys, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error", "images")
+
+    monkeypatch.setattr(main_module, "load_data", broken)
+    assert "[Errno 5] Input/output error: 'images'" in error_of(capsys, "data", "--data", "synthetic")
 
 
 def test_the_largest_seed_trains(capsys, npz, tmp_path):

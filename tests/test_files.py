@@ -319,6 +319,15 @@ def test_a_cut_of_power_at_any_moment_of_a_save_leaves_a_state_that_loads(tmp_pa
         assert count > 20 and seen == {number - 1, number}
 
 
+def test_a_number_that_is_no_process_stops_no_write(tmp_path):
+    left = [tmp_path / f".a.{number}.tmp.txt" for number in (9 * "9", 20 * "9")]
+    for path in left:
+        path.write_text("half")
+    atomic_write(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert [path.exists() for path in left] == [False, True], "only what was a process number is an orphan"
+
+
 def test_the_disk_of_these_tests_would_notice_a_save_that_does_not_sync(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()

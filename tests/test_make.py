@@ -160,6 +160,29 @@ def test_times_comments_and_what_jupyter_writes_on_opening_rerun_nothing(done):
     assert done.make() == []
 
 
+def test_a_comment_in_a_profile_or_grid_reruns_nothing_and_what_it_says_reruns_all(done):
+    grid, profile = "msunet_core/study/ablations.yaml", "msunet_core/study/profiles/smoke.yaml"
+    done.write(profile, "# why\ndata:\n  source: synthetic\n")
+    assert done.make() == []
+    done.write(grid, "factors: {x: {y: {}}}")
+    assert done.make() == ALL
+    done.write(grid, "factors:\n  x: # why\n    y: {}\n")
+    assert done.make() == []
+    done.write(grid, "factors:\n  x: {}\n  y: {}\n")
+    assert done.make() == ALL
+
+
+def test_what_make_is_given_and_nothing_else_of_the_environment_is_recorded(monkeypatch):
+    asked = []
+    monkeypatch.setattr(make, "run", lambda target, request: asked.append(request.command) or 0)
+    given = {"SEED": "7", "PROFILE": "/home/me/my.yaml", "TOKEN": "secret", "GIVEN": "SEED"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"STUDY_{name}", value)
+    monkeypatch.setenv("STUDY_GOALS", "")
+    assert make.main(["reproduce"]) == 0
+    assert asked == ["make reproduce PROFILE=my.yaml SEED=7"]
+
+
 def test_a_dry_run_says_what_would_run_and_does_nothing(done, monkeypatch, capsys):
     done.edit("03_fp16_pruning", "edited()")
     for flags, status in (("n", 0), ("q", 1), ("nk -- DATA=x", 0)):
@@ -369,6 +392,26 @@ def test_what_is_refused_is_one_line_and_a_status(checkout, monkeypatch, capfd):
     assert checkout.ran == []
 
 
+def test_pages_that_were_interrupted_are_made_the_next_time(done, monkeypatch):
+    done.edit("07_packed_network", "another()")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "render", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            done.make()
+    assert done.ran == ["07_packed_network"]
+    assert done.make() == ["pages"]
+
+
+def test_pages_follow_a_notebook_that_another_target_ran(done):
+    done.edit("02_ternary_training", "another()")
+    assert done.make("train") == ["02_ternary_training"]
+    assert done.make()[-1] == "pages"
+
+
 def test_an_interrupt_is_told_in_one_line(checkout, monkeypatch, capfd):
     def interrupted(*_):
         raise runner.Interrupted("01: interrupted")
@@ -387,7 +430,8 @@ def finished_run(folder):
         (folder / name).write_bytes(name.encode())
     log = "2026-11-24 14:17:31 train: epoch 0: lr 0.1, 90.5 s\n2026-11-24 14:19:00 train: resume\n"
     (folder / "train" / "log.txt").write_text(log + log.replace("epoch 0", "epoch 1").replace("90.5", "7.0"))
-    told = {"command": "make prune", "parameters": {"DATA": "/home/somebody/images/cifar100.npz", "SEED": 0}}
+    files = {"DATA": "/home/somebody/images/cifar100.npz", "PROFILE": "/home/somebody/mine é.yaml"}
+    told = {"command": "make prune", "profile": files["PROFILE"], "parameters": {**files, "SEED": 0}}
     (folder / "provenance.json").write_text(json.dumps(told))
 
 
@@ -401,9 +445,19 @@ def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_pa
     told = json.loads((shipped / "provenance.json").read_text())
     assert told == {
         "command": "make prune",
-        "parameters": {"DATA": "cifar100.npz", "SEED": 0},
+        "profile": "mine é.yaml",
+        "parameters": {"DATA": "cifar100.npz", "PROFILE": "mine é.yaml", "SEED": 0},
         "epoch_seconds": {"train": [90.5, 7.0], "prune": []},
     }
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"git": {}}', '{"parameters": []}'])
+def test_shipping_a_run_with_a_provenance_of_no_use_is_refused(tmp_path, content):
+    finished_run(tmp_path / "run")
+    (tmp_path / "run" / "provenance.json").write_text(content)
+    with pytest.raises(StudyError, match=r"provenance\.json was written by no run"):
+        ship.ship(tmp_path / "run", tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
 
 
 def test_shipping_half_a_run_is_refused_and_copies_nothing(tmp_path):

@@ -327,8 +327,10 @@ def test_files_of_other_kinds_are_refused_by_name(new_network, tmp_path):
     assert "is not a packed network" in refusal(path)
     path.write_text("{}")
     assert "is not a packed network" in refusal(path)
-    assert "is not a file; check the path" in refusal(tmp_path / "missing.safetensors")
-    assert "is not a file; check the path" in refusal(tmp_path)
+    assert "no such file or directory; give a file that can be read" in refusal(
+        tmp_path / "missing.safetensors"
+    )
+    assert "not a regular file; give a file that can be read" in refusal(tmp_path)
 
 
 def forged(path, change):

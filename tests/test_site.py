@@ -13,6 +13,7 @@ import browser as chromium
 import pytest
 
 from msunet_core.study import report
+from msunet_core.study.profile import PROFILES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -34,7 +35,7 @@ def built(tmp_path_factory) -> tuple[Path, str]:
         "command": "make reproduce",
         "profile": "smoke",
         "seed": 0,
-        "parameters": {"PROFILE": "smoke"},
+        "parameters": {"PROFILE": str(PROFILES / "smoke.yaml")},  # as somebody may name it
         "wall_seconds": 300.0,
         "git": {"commit": "0123abc", "clean": True},
         "notebooks": {path.stem: {"wall_seconds": 61.4, "peak_memory_mb": 1234} for path in NOTEBOOKS},
@@ -182,6 +183,8 @@ def test_a_run_tells_how_it_was_made_and_offers_what_it_made(site, pages):
         "shipped_train_history.csv",
     } <= offered
     assert {path.name for path in NOTEBOOKS} <= offered
+    told = json.loads((site / "downloads" / "provenance.json").read_text())
+    assert told["parameters"] == {"PROFILE": "smoke.yaml"}, "where this machine has it is nobody's business"
 
 
 def test_a_page_leads_to_its_notebook_and_the_code_it_calls(pages):

@@ -13,12 +13,11 @@ from msunet_core.study.statistics import effect
 def test_a_hand_worked_pair_of_rows():
     """Differences 1, 2, 3, 4, 5, 3.
 
-    Mean 18 / 6 = 3; deviations -2, -1, 0, 1, 2, 0, squares 10, so the standard deviation is sqrt(10 / 5).
-    All six have one sign, so only the choice as seen and its mirror reach the mean: p = 2 / 64.
+    Mean 18 / 6 = 3. All six have one sign, so only the choice as seen and its mirror reach the mean:
+    p = 2 / 64.
     """
     found = effect([11, 22, 33, 44, 55, 63], [10, 20, 30, 40, 50, 60])
-    assert (found.n, found.difference) == (6, 3.0)
-    assert found.sd == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert (found.pairs, found.difference) == (6, 3.0)
     assert found.p == 0.03125
     assert 1.0 <= found.low < 3 < found.high <= 5.0
     assert found.resolved
@@ -41,19 +40,27 @@ def test_what_both_signs_share_is_not_resolved():
 
 
 def test_equal_rows_differ_by_nothing_although_their_values_round():
-    values = [0.1 + 0.2, 30.3, 31.7]
-    found = effect(values, [0.3, 30.3, 31.7])
+    values = [0.1 + 0.2, 30.3, 31.7, 30.0, 30.0, 30.0]
+    found = effect(values, [0.3, 30.3, 31.7, 30.0, 30.0, 30.0])
     assert (found.difference, found.low, found.high, found.p, found.resolved) == (0, 0, 0, 1, False)
 
 
 def test_a_constant_difference_is_resolved_and_still_has_the_p_of_its_seeds():
-    found = effect([3.0, 4.0, 5.0], [1.0, 2.0, 3.0])
-    assert (found.low, found.high, found.resolved, found.p) == (2.0, 2.0, True, 2 / 8)
+    found = effect([3.0, 4.0, 5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (found.low, found.high, found.resolved, found.p) == (2.0, 2.0, True, 2 / 64)
 
 
-def test_one_seed_tells_a_difference_and_no_interval():
+@pytest.mark.parametrize("pairs", [2, 5])
+def test_fewer_than_six_pairs_tell_a_difference_and_no_interval(pairs):
+    """Were nothing there, 2 / 2^5 of all draws of five would still have one sign: more than 5 %."""
+    found = effect([3.0] * pairs, [1.0] * pairs)
+    assert (found.difference, found.p, found.pairs) == (2.0, 2 / 2**pairs, pairs)
+    assert math.isnan(found.low) and math.isnan(found.high) and not found.resolved
+
+
+def test_one_pair_tells_a_difference_and_nothing_else():
     found = effect([3.0], [1.0])
-    assert found.difference == 2.0 and math.isnan(found.low) and not found.resolved
+    assert (found.difference, found.p, found.resolved) == (2.0, 1.0, False) and math.isnan(found.low)
 
 
 def test_the_pairing_takes_out_what_seeds_have_in_common():

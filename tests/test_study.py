@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import matplotlib.pyplot as plt
@@ -137,7 +138,8 @@ def test_the_same_seed_builds_the_same_network_whatever_was_drawn_before():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_progress_line_is_one_display_updated_in_place():
+def live_lines(seconds: float, steps: int) -> list[str]:
+    """What a line of progress showed of so many steps that took so long each."""
     shown = []
 
     class Handle:
@@ -149,10 +151,24 @@ def test_the_progress_line_is_one_display_updated_in_place():
         return Handle()
 
     line = _LiveLine(display)
-    for step in (1, 2, 3):
-        line(step, 3, "train")
-    # The first and the last step always show; those between at most twice a second.
-    assert shown[0].startswith("train, step 1 of 3") and shown[-1] == "train, step 3 of 3, 0:00 left"
+    line.clock = itertools.count(100.0, seconds).__next__
+    for step in range(1, steps + 1):
+        line(step, steps, "train")
+    return shown
+
+
+def test_the_progress_line_knows_the_time_left_from_the_second_step_on():
+    """1,000 steps of 3 s; how long the first one took nobody saw."""
+    shown = live_lines(3.0, 1000)
+    assert shown[0] == "train, step 1 of 1000, ? left"
+    assert shown[1] == "train, step 2 of 1000, 49:54 left"
+    assert shown[-1] == "train, step 1000 of 1000, 00:00 left"
+    assert live_lines(60.0, 1000)[1].endswith(", 16:38:00 left")
+
+
+def test_the_progress_line_is_updated_twice_a_second_at_most_and_at_the_end():
+    steps = [int(line.split()[2]) for line in live_lines(0.125, 11)]
+    assert steps == [1, 5, 9, 11]
 
 
 def test_a_picture_is_the_image_whether_normalised_or_not(study):

@@ -226,14 +226,13 @@ def test_shrinking_by_a_part_of_a_pixel_keeps_the_mean(scripts):
     np.testing.assert_allclose(found, 5 * edges, atol=5 / 8 + 0.5)
 
 
-def test_names_are_asked_for_every_class(new_network, tmp_path):
-    path = pack(new_network(), tmp_path / "narrow.safetensors")
-    with pytest.raises(StudyError, match="100 names for the 4 classes"):
-        network_script(path)
-    script = network_script(path, ["red", "light_green", "blue", "yellow"])
+def test_the_page_gets_the_file_and_a_name_for_each_class_of_cifar_100(new_network, tmp_path):
+    with pytest.raises(StudyError, match="has 4 classes, not those of CIFAR-100"):
+        network_script(pack(new_network(), tmp_path / "narrow.safetensors"))
+    script = network_script(shipped())
     content = json.loads(script.removeprefix("globalThis.MSUNET_FILE = ").rstrip().removesuffix(";"))
-    assert content["names"][1] == "light green"
-    assert base64.b64decode(content["packed"]) == path.read_bytes()
+    assert (len(content["names"]), content["names"][1], content["names"][3]) == (100, "aquarium fish", "bear")
+    assert base64.b64decode(content["packed"]) == shipped().read_bytes()
 
 
 # --- a reader at "Try it" ------------------------------------------------------------------------

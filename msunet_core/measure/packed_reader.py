@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..data.normalisation import MEAN, STD
 from ..errors import StudyError, reason
+from ..files import read_bytes
 from ..model.architecture import MAX_BYTES, Layer, stored_layers
 from .packed_format import DIGEST_AT, FORMAT, MAX_HEADER, NETWORK_KEYS, STREAMS, digest_of, norm_parts
 
@@ -68,7 +68,7 @@ class Reader:
 
     def header(self) -> dict:
         if self.content is None:
-            self.content = self._bytes()
+            self.content = read_bytes(self.path, MAX_BYTES)
         length = int.from_bytes(self.content[:8], "little")
         if not 2 <= length <= min(MAX_HEADER, len(self.content) - 8) or self.content[8:9] != b"{":
             raise self.refuse("is not a packed network, or cut off", "give a file that pack wrote")
@@ -76,19 +76,6 @@ class Reader:
             return json.loads(self.content[8 : 8 + length])
         except (ValueError, RecursionError) as error:
             raise self.refuse("has a header that is not JSON") from error
-
-    def _bytes(self) -> bytes:
-        path = Path(self.path)
-        if not os.path.isfile(path):
-            raise StudyError(f"packed network {str(path)!r} is not a file; check the path")
-        if path.stat().st_size > MAX_BYTES:
-            raise self.refuse(
-                f"has {path.stat().st_size} bytes, more than any MSUNet ({MAX_BYTES}); not opened"
-            )
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise self.refuse(f"cannot be read ({error.strerror})", "check its permissions") from error
 
     def _read(self) -> Stored:
         header = self.header()

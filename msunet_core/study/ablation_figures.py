@@ -6,6 +6,8 @@ told by shape as well as by colour.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -60,8 +62,8 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
     """Top-1 against score: the rows with their Pareto front, and below, how far the published ones are."""
     figure, (near, far) = plt.subplots(2, 1, figsize=(WIDTH, 7.4), height_ratios=(3, 2), layout="constrained")
     rows = table.dropna(subset=["mean", "score"])
-    markers = np.resize(list(MARKERS), len(rows))
-    for marker, (choice, of) in zip(markers, rows.groupby("choice", sort=False), strict=False):
+    factors = rows.groupby("choice", sort=False)
+    for marker, (choice, of) in zip(itertools.cycle(MARKERS), factors, strict=False):
         near.plot(of["score"], of["mean"], marker, markersize=7, alpha=0.8, label=choice)
     front = pareto(rows)
     near.plot(front["score"], front["mean"], color="black", linewidth=1, label="Pareto front", zorder=1)
@@ -117,9 +119,8 @@ def plot_factor_curves(curves: pd.DataFrame) -> plt.Figure:
         squeeze=False,
     )
     for (left, right), (choice, rows) in zip(axes, factors, strict=False):
-        for style, (value, level) in zip(
-            np.resize(["-", "--", "-.", ":"], 9), rows.groupby("value", sort=False), strict=False
-        ):
+        levels = rows.groupby("value", sort=False)
+        for style, (value, level) in zip(itertools.cycle(("-", "--", "-.", ":")), levels, strict=False):
             left.plot(level["epoch"] + 1, level["train_loss"], style, label=value)
             tested = level.dropna(subset="top1")
             right.plot(tested["epoch"] + 1, tested["top1"], style, marker="o", markersize=4, label=value)

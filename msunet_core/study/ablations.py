@@ -21,10 +21,11 @@ from ..errors import StudyError
 from ..files import atomic_write, lock_folder
 from ..training.interrupt import terminable
 from ..training.records import Progress, shown_progress
-from .grid import GRID, Grid
+from .grid import Grid
 from .grid_results import keep_results, known_results
-from .grid_runs import Plan, perform, plan, source_of, versions
+from .grid_runs import Plan, code_of_runs, perform, plan, source_of, versions
 from .profile import Profile
+from .provenance import command
 from .statistics import effect
 
 MEASURED = ("top1", "top5", "loss", "params", "flops", "score")
@@ -41,8 +42,8 @@ class Results:
 
     table : by row: ``choice``, ``value``; ``n`` seeds; top-1 in percent of the test images as ``mean`` and
         ``sd`` over them; the ``difference`` to the first level of its factor, pair by pair, in points, with
-        its 95 % interval ``low`` .. ``high``, ``p`` and whether it is ``resolved``; ``params``, ``flops``
-        and ``score``, means over seeds; what ``failed``
+        its 95 % interval ``low`` .. ``high``, ``p``, whether it is ``resolved`` and of how many ``pairs``;
+        ``params``, ``flops`` and ``score``, means over seeds; what ``failed``
     seeds : by row and ``seed``: ``top1``, ``top5``, ``loss``, ``params``, ``flops``, ``score``, ``failed``
     curves : by row and ``epoch`` of training: ``train_loss``, ``top1``, means over seeds
     provenance : how it was made
@@ -99,7 +100,7 @@ def run_ablations(
                 keep_results(todo, kept)
         seeds = _by_seed(grid, todo, results)
         path = out / f"{profile.name}_provenance.json"
-        provenance = _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
+        provenance = _provenance(path, profile, grid, todo, results, began, ran)
         found = Results(tabulate(seeds), seeds, _curves(grid, todo, results), provenance)
         for suffix, table in (("", found.table), ("_seeds", found.seeds), ("_curves", found.curves)):
             atomic_write(out / f"{profile.name}{suffix}.csv", table.to_csv(index=False, lineterminator="\n"))
@@ -129,7 +130,8 @@ def _compute(todo: Plan, results: dict[Path, dict], jobs: int, scheduler, progre
     done = dict.fromkeys([run.folder for run in left], 0.0)
     work = {run.folder: run.work for run in left}
 
-    with shown_progress(progress) as show:
+    # Runs of shrunk and of whole images take turns: an ETA of the last steps alone would swing between them.
+    with shown_progress(progress, smoothing=0) as show:
 
         def at(folder: Path, part: float) -> None:
             done[folder] = max(done[folder], part)
@@ -176,7 +178,7 @@ def tabulate(seeds: pd.DataFrame) -> pd.DataFrame:
         reference = references.setdefault(choice, top1)
         both = top1.index.intersection(reference.index)
         line = {"choice": choice, "value": value, "n": len(top1), "mean": top1.mean(), "sd": top1.std()}
-        compared = dict.fromkeys(("difference", "low", "high", "p", "resolved"))
+        compared = dict.fromkeys(("difference", "low", "high", "p", "resolved")) | {"pairs": 0}
         if reference is not top1 and len(both):
             found = effect(top1[both], reference[both])
             compared = {name: getattr(found, name) for name in compared}
@@ -214,7 +216,7 @@ def _curves(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
     return pd.concat(rows or [pd.DataFrame(columns=columns)], ignore_index=True).round(DIGITS)
 
 
-def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler) -> dict:
+def _provenance(path, profile, grid, todo, results, began, ran) -> dict:
     """How the tables were made; without a path, since they are published."""
     base, run = grid.rows[0].profile, todo.runs[0]
     data = run.data.load()
@@ -237,6 +239,7 @@ def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
             "pruning_epochs": base.ablation_prune.epochs,
         },
         "data": {"name": Path(run.data.source).name, "fingerprint": data.fingerprint},
+        "code": code_of_runs(),
     }
     try:
         before = json.loads(path.read_text())
@@ -249,9 +252,7 @@ def _provenance(path, profile, grid, todo, results, began, ran, jobs, scheduler)
     succeeded = [result for result in results.values() if "tests" in result]
     return {
         **made,
-        "command": f"python -m msunet_core ablations --profile {profile.name} "
-        + ("" if grid.path == GRID else f"--grid {grid.path.name} ")
-        + ("--scheduler ADDRESS" if scheduler else f"--jobs {jobs}"),
+        "command": command(),
         "started": before.get("started", now),
         # A sitting that was stopped left its runs and not its time.
         "wall_seconds": round((before.get("wall_seconds") or 0) + time.time() - began)

@@ -9,16 +9,16 @@ so instead of a result.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from scipy import stats
 from torch import nn
 
-from ..errors import StudyError
+from ..errors import StudyError, reason
 from ..files import ROOT
 from ..measure.scoring import (
     REFERENCE_FLOPS,
@@ -35,7 +35,7 @@ from ..model.pruning import GROUPS, RAMP_EPOCHS, cubic_sparsity, prune_to_target
 from .ablations import read_results
 from .findings import judged
 from .profile import load_profile
-from .published import FIRST_LOSSES
+from .published import FIRST_LOSSES, against_published
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 
@@ -44,7 +44,6 @@ RECORD_TOLERANCE = 0.04
 # A count that only depends on where random weights put their zeros: one part in 200.
 COUNT_TOLERANCE = 0.005
 SEEDS = 5
-Z95 = 1.959964  # the normal quantile of a two-sided 95 % interval
 NOTHING = pd.DataFrame(columns=["choice", "value", "low", "high"])  # no table of ablations
 EVIDENCE = "evidence"  # the profile of the committed ablations; others are trials of whoever ran them
 
@@ -117,9 +116,8 @@ def load_shipped(runs: Path = ROOT / "runs") -> Shipped | None:
 
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share measured on ``n`` independent images, in percent (Wilson 1927)."""
-    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + (Z95 / (2 * n)) ** 2) / (1 + Z95**2 / n)
-    return 100 * (middle - half), 100 * (middle + half)
+    found = stats.binomtest(round(share * n), n).proportion_ci(0.95, "wilson")
+    return 100 * found.low, 100 * found.high
 
 
 def claims(runs: Path = ROOT / "runs", shipped: Shipped | None = None) -> list[Claim]:
@@ -270,7 +268,7 @@ def ablation_claims(folder: Path) -> Iterator[Claim]:
             published,
             f"{statement.value} against {first}: networks of width {budget['width']:g}, "
             f"{budget['training_images']:,} images, {budget['epochs']} epochs",
-            f"{int(row['n'])} pairs of seeds",
+            f"{row['pairs']} pairs of seeds",
             f"{row['difference']:+.2f} points ({row['low']:+.2f} to {row['high']:+.2f})",
             verdict,
             f"{reason} It holds for this budget.",
@@ -311,17 +309,17 @@ def record_claim(path: Path) -> Claim:
         why = "The first epochs of the paper recipe are not among the evidence yet."
         return Claim(published, "nothing", "", "", NOT_TESTABLE, why, "02_ternary_training")
     try:
-        history = pd.read_csv(path)
-        losses = history.sort_values("epoch")["train_loss"].tolist()
+        apart = against_published(pd.read_csv(path))["difference of train_loss"].abs().dropna()
     except (ValueError, KeyError, OSError) as error:
-        raise StudyError(f"{path} is no history of a stage ({error}); write it again") from error
-    apart = [abs(own - theirs) for own, theirs in zip(losses, FIRST_LOSSES, strict=False)]
-    worst = max(apart)
+        raise StudyError(f"{path} is no history of a stage ({reason(error)}); write it again") from error
+    if apart.empty:
+        raise StudyError(f"{path} has none of the epochs of the published record; write it again")
+    worst = apart.max()
     return Claim(
         published,
         "the first epochs of profile paper on CIFAR-100",
         f"{len(apart)} epochs",
-        f"largest difference {worst:.3f} (epoch {apart.index(worst)})",
+        f"largest difference {worst:.3f} (epoch {apart.idxmax()})",
         REPRODUCED if worst <= RECORD_TOLERANCE else NOT_REPRODUCED,
         f"Asked is a loss within {RECORD_TOLERANCE} of the published run record in each epoch.",
         "02_ternary_training",

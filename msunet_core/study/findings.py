@@ -92,7 +92,7 @@ def difference(row: pd.Series) -> str:
     """A row's difference with its interval and p, as text."""
     return (
         f"{row['difference']:+.2f} points [{row['low']:+.2f}, {row['high']:+.2f}], "
-        f"p = {row['p']:.3f}, {row['n']} seeds"
+        f"p = {row['p']:.3f}, {row['pairs']} pairs of seeds"
     )
 
 

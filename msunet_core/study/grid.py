@@ -18,14 +18,12 @@ BASELINE = "baseline"
 class Row:
     """A level of a factor: what it is called and how its profile differs from the study's.
 
-    reference : whether the other rows of its factor are compared with it
     profile : the whole study as this row has it
     """
 
     choice: str
     value: str
     profile: Profile
-    reference: bool
 
     @property
     def label(self) -> str:
@@ -72,7 +70,7 @@ def load_grid(
         if factor not in factors:
             raise StudyError(f"factor {factor!r} is unknown; {closest(factor, factors)}")
     base = overridden(profile, _mapping(tree.get("baseline"), f"{path}: baseline"))
-    rows = [Row(BASELINE, base.network.variant, base, True)]
+    rows = [Row(BASELINE, base.network.variant, base)]
     for factor, levels in factors.items():
         if only and factor not in only:
             continue
@@ -81,7 +79,7 @@ def load_grid(
                 own = overridden(base, _mapping(changes, "its changes"))
             except StudyError as error:
                 raise StudyError(f"row {factor}: {level}: {error}") from error
-            rows.append(Row(str(factor), str(level), own, rows[-1].choice != str(factor)))
+            rows.append(Row(str(factor), str(level), own))
     return Grid(tuple(rows), _seeds(tree.get("seeds") if seeds is None else seeds, path), Path(path))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import StudyError
 from ..files import atomic_write
 from ..training.stages import CHECKPOINT
-from .grid_runs import RESULT, Plan, Run, code_of_runs
+from .grid_runs import RESULT, Plan, Run, code_of_runs, key_of
 
 FIELDS = {"tests", "curve", "seconds", "cpu", "threads", "commit", "code"}
 
@@ -38,10 +38,11 @@ def known_results(todo: Plan, kept: Path) -> dict[Path, dict]:
     StudyError : that file is no such file
     """
     lines = _read(kept)
+    names = _by_key(lines)
     found = {}
     for run in todo.runs:
         levels = todo.levels.get(run.folder, ())
-        result = finished(run, levels) or _tested(lines.get(_name(run)), levels)
+        result = finished(run, levels) or _tested(lines.get(names.get(_key(_name(run)))), levels)
         if result is not None:
             found[run.folder] = result
     for run in todo.runs:
@@ -58,8 +59,12 @@ def _has_network(run: Run) -> bool:
 def keep_results(todo: Plan, kept: Path) -> None:
     """Write the results of all finished runs to the file, beside those that it had."""
     lines = _read(kept)
-    results = {_name(run): finished(run, todo.levels.get(run.folder, ())) for run in todo.runs}
-    lines |= {name: result for name, result in results.items() if result is not None}
+    names = _by_key(lines)
+    for run in todo.runs:
+        result = finished(run, todo.levels.get(run.folder, ()))
+        if result is not None:
+            name = _name(run)
+            lines[names.get(_key(name), name)] = result
     if lines:
         text = ",\n".join(f"{json.dumps(name)}: {json.dumps(lines[name])}" for name in sorted(lines))
         atomic_write(kept, f"{{\n{text}\n}}\n")
@@ -84,3 +89,13 @@ def _tested(result: object, levels: tuple[str, ...]) -> dict | None:
 
 def _name(run: Run) -> str:
     return f"{run.folder.parent.name}/{run.folder.name}"
+
+
+def _key(name: str) -> tuple[str, ...]:
+    folder, _, seed = name.partition("/")
+    return *key_of(folder), seed
+
+
+def _by_key(lines: dict) -> dict[tuple[str, ...], str]:
+    """The names of lines; another order of the grid's rows calls the same run by other words."""
+    return {_key(name): name for name in lines}

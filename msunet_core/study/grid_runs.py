@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..data.images import IMAGE_SIZE, ImageData
-from ..data.sources import load_data
+from ..data.sources import SOURCES, load_data
 from ..errors import StudyError, failure
 from ..files import atomic_write
 from ..measure.evaluation import evaluate
@@ -29,6 +28,7 @@ from ..measure.scoring import score
 from ..model.checkpoint import load_checkpoint, read_momentum
 from ..training.code import PACKAGE, code_digest, code_of_training
 from ..training.recipe import StageConfig
+from ..training.records import epoch_seconds
 from ..training.resume import recipe_of
 from ..training.schedules import image_size_of_epoch
 from ..training.stages import CHECKPOINT, prune, train
@@ -83,8 +83,8 @@ def source_of(profile: Profile) -> Source:
     """The images that a profile's ablations take: at most ``ablation_limit`` of each class and split."""
     own = profile.data
     limits = [limit for limit in (own.limit, profile.ablation_limit) if limit is not None]
-    path = os.path.expanduser(own.source)
-    name = os.path.abspath(path) if os.path.exists(path) else own.source
+    # Workers may stand in other folders.
+    name = own.source if own.source in SOURCES else os.path.abspath(os.path.expanduser(own.source))
     source = Source(name, min(limits, default=None), profile.seed, str(Path("data").absolute()))
     return dataclasses.replace(source, fingerprint=source.load().fingerprint)
 
@@ -134,10 +134,17 @@ class Plan:
     levels: dict[Path, tuple[str, ...]]
 
 
+def key_of(name: str) -> tuple[str, str]:
+    """What a run's folder says without its words: its kind, and the digest of what it computes."""
+    kind, *_, digest = name.split("-")
+    return kind, digest
+
+
 def plan(grid: Grid, data: Source, out: Path) -> Plan:
     """Which runs the rows of a grid come to; rows that would compute the same thing share it."""
     runs: dict[tuple, Run] = {}
     levels: dict[Path, set[str]] = {}
+    there = {key_of(path.name): path.name for path in out.glob("*-*")}
 
     def shared(kind: str, row: Row, seed: int, config: StageConfig, start: Run | None = None) -> Run:
         network = dataclasses.asdict(row.profile.network) | {"width": row.profile.ablation_width}
@@ -147,7 +154,8 @@ def plan(grid: Grid, data: Source, out: Path) -> Plan:
         whole = [network, recipe_of(config, 1), config.epochs, data.fingerprint, came_from]
         digest = hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=4).hexdigest()
         words = "".join(c if c.isalnum() or c == "." else "-" for c in f"{row.choice}-{row.value}")
-        folder = out / f"{kind}-{words}-{digest}" / f"seed-{seed}"
+        # The words are for people, and of the row that came first when the folder was made.
+        folder = out / there.get((kind, digest), f"{kind}-{words}-{digest}") / f"seed-{seed}"
         run = Run(folder, seed, network, config, data, start, row.profile.device)
         return runs.setdefault((kind, digest, seed), run)
 
@@ -190,7 +198,6 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
 
 
 def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None]) -> dict:
-    began = time.time()
     data = run.data.load()
     options = {
         "seed": run.seed,
@@ -217,7 +224,7 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         "tests": tests,
         # JSON knows no NaN: epochs that were not tested have None.
         "curve": history.astype(object).where(history.notna(), None).to_dict("records"),
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(sum(epoch_seconds(run.folder).values()), 1),  # of all sittings
         "cpu": hardware()["cpu"],
         "threads": torch.get_num_threads(),
         "commit": (git_state() or {}).get("commit"),

@@ -30,7 +30,8 @@ from ..files import ROOT, atomic_write, lock_folder, read_text
 from ..measure.unpack import SHIPPED
 from ..training.code import PACKAGE, code_digest
 from ..training.stages import resolve_device
-from .profile import PROFILES, Profile, load_profile
+from .profile import PROFILES, Profile, load_profile, read_yaml
+from .provenance import FILES
 from .run import check_run_name
 from .runner import INTERRUPTED, Interrupted, run_notebook, typed
 from .ship import check_finished, ship
@@ -47,14 +48,18 @@ NOTEBOOKS = {
 }
 # What of the committed results each notebook looks at, or does on the real CIFAR-100.
 SHIPPED_FILE = "runs/pretrained/*.safetensors"
+ABLATIONS = ("runs/ablations/evidence*.csv", "runs/ablations/evidence_provenance.json")
 LOOKS_AT = {
     "01_data_and_cutmix": (SHIPPED_FILE,),
     "02_ternary_training": ("runs/record/*.csv", "runs/recipes/*.csv"),
     "04_o3_validation": (SHIPPED_FILE, "runs/pretrained/levels.csv"),
     "05_scoring_walkthrough": (SHIPPED_FILE,),
-    "06_ablations": ("runs/ablations/evidence*.csv",),
+    "06_ablations": ABLATIONS,
     "07_packed_network": (SHIPPED_FILE,),
 }
+# What a request may be given, in the order in which its command is told.
+VARIABLES = ("PROFILE", "DATA", "RUN", "DEVICE", "SEED", "LIMIT", "VARIANT", "SET", "JOBS", "SCHEDULER")
+VARIABLES += ("CHECKPOINT", "OPT_LEVEL", "OUT")
 TARGETS = {
     "reproduce": tuple(NOTEBOOKS),
     "train": ("02_ternary_training",),
@@ -63,7 +68,7 @@ TARGETS = {
 # What builds the site, and what the site shows besides a run: files of the checkout.
 SITE = tuple(f"study/{name}.py" for name in ("claims", "markup", "pages", "report", "shipped_page", "web"))
 EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
-EVIDENCE += ("runs/ablations/evidence*.csv", "runs/recipes/*.csv", "runs/record/*.csv")
+EVIDENCE += (*ABLATIONS, "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
 NOT_USED = {"__main__.py", "study/lab.py", "study/make.py", "study/runner.py", *SITE}
@@ -78,8 +83,8 @@ class Request:
         self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
         check_run_name(self.run)
         self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
-        # It goes into provenance, which is published: of the data the name, not where this machine has them.
-        shown = {name: Path(value).name if name == "DATA" else value for name, value in self.given.items()}
+        # It goes into provenance, which is published: of a file the name, not where this machine has it.
+        shown = {name: Path(value).name if name in FILES else value for name, value in self.given.items()}
         typed_values = [shlex.quote(f"{name}={value}") for name, value in shown.items()]
         self.command = " ".join(["make", goals, *typed_values])
 
@@ -132,18 +137,17 @@ def common_inputs(request: Request) -> dict[str, str]:
     values = typed(request.parameters)
     profile = str(values["PROFILE"])
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
-    found = {
-        "the parameters": _digest(json.dumps(values, sort_keys=True).encode()),
-        "the profile": file_digest(path),
-    }
+    found = {"the parameters": _digest(json.dumps(values, sort_keys=True).encode())}
+    found["the profile"] = yaml_digest(path)
     with contextlib.suppress(StudyError):  # of a profile that check() refuses
         if (data := request.profile.data.source) not in SOURCES:
             found["the data"] = data_digest(data)
     for path in sorted(PACKAGE.rglob("*")):
         inside = path.relative_to(PACKAGE).as_posix()
-        is_grid = path.suffix == ".yaml" and path.parent != PROFILES  # the ablations'
-        if (path.suffix in (".py", ".cpp", ".h") or is_grid) and inside not in NOT_USED:
+        if path.suffix in (".py", ".cpp", ".h") and inside not in NOT_USED:
             found[f"msunet_core/{inside}"] = code_digest(path)
+        elif path.suffix == ".yaml" and path.parent != PROFILES:  # the grid of the ablations
+            found[f"msunet_core/{inside}"] = yaml_digest(path)
     return found
 
 
@@ -170,6 +174,13 @@ def file_digest(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def yaml_digest(path: Path) -> str:
+    """Digest of what a YAML file says, whatever its comments; "" where there is none that can be read."""
+    with contextlib.suppress(StudyError):
+        return _digest(json.dumps(read_yaml(path), sort_keys=True).encode())
+    return ""
 
 
 def data_digest(data: str) -> str:
@@ -216,6 +227,7 @@ def reproduce(request: Request, target: str, *, dry: bool = False) -> int:
         if why is None:
             continue
         count += 1
+        made.pop("pages", None)  # which are of what was there before
         if dry:
             print(f"{name}: {why}")
             for later in (later for later, needs in NOTEBOOKS.items() if name in needs):
@@ -230,7 +242,7 @@ def reproduce(request: Request, target: str, *, dry: bool = False) -> int:
         _write_made(request.folder, made)
     if target == "reproduce":
         pages = site_inputs()
-        if count or not (request.folder / INDEX).is_file() or changed(made.get("pages"), pages):
+        if not (request.folder / INDEX).is_file() or changed(made.get("pages"), pages):
             count += 1
             if dry:
                 print("the pages")
@@ -321,12 +333,8 @@ def run(target: str, request: Request) -> int:
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 1 refused or failed (one line on stderr), 130 interrupted."""
-    given = {
-        name.removeprefix("STUDY_"): value for name, value in os.environ.items() if name.startswith("STUDY_")
-    }
-    goals = given.pop("GOALS", "") or " ".join(arguments)
-    for name in ("GIVEN", "KNOWN", "PYTHON", "BENCH", "SECONDS"):
-        given.pop(name, None)
+    given = {name: os.environ.get(f"STUDY_{name}", "") for name in VARIABLES}
+    goals = os.environ.get("STUDY_GOALS") or " ".join(arguments)
     try:
         return run(arguments[0], Request(given, goals))
     except Interrupted as error:

@@ -25,10 +25,11 @@ from ..errors import StudyError, reason
 from ..files import ROOT
 from .claims import NOT_REPRODUCED, REPRODUCED, Claim
 from .profile import Profile, load_profile
+from .provenance import without_folders
 
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗"}  # beside the word, never instead of it
 ORIGINAL = "https://github.com/AIoT-MLSys-Lab/MSUNet"
-PROGRESS = re.compile(r", step \d+ of \d+, \d+:\d\d left$")  # a live line of training (run.py), no result
+LIVE_LINE = re.compile(r", step \d+ of \d+, (\?|\d+(:\d\d)+) left$")  # of training (run.py), no result
 WIDE = 700  # CSS pixels from which a picture scrolls in its box on a phone instead of shrinking
 
 # -- small pieces ------------------------------------------------------------------------------
@@ -195,8 +196,10 @@ def provenance_table(provenance: Mapping, metrics: Mapping | None = None) -> str
     data = dict((metrics or {}).get("data") or {})
     source = Path(str(data.get("source") or parameters.get("DATA") or "the profile's own")).name
     told = {
-        "command": _without_folders(str(provenance.get("command", "")), str(parameters.get("DATA") or "")),
-        "profile and seed": f"{provenance.get('profile')}, seed {provenance.get('seed')}",
+        "command": without_folders(str(provenance.get("command", "")), parameters),
+        "profile and seed": without_folders(
+            f"{provenance.get('profile')}, seed {provenance.get('seed')}", parameters
+        ),
         "commit": git
         and f"{git.get('commit')} ({'clean' if git.get('clean') else 'with changes that are not committed'})",
         "data": source + (f", fingerprint {data['fingerprint']}" if data.get("fingerprint") else ""),
@@ -209,11 +212,6 @@ def provenance_table(provenance: Mapping, metrics: Mapping | None = None) -> str
         "packages": ", ".join(f"{name} {v}" for name, v in (provenance.get("packages") or {}).items()),
     }
     return table(("", ""), [(name, str(value)) for name, value in told.items() if value], kind="pairs")
-
-
-def _without_folders(command: str, data: str) -> str:
-    """A command as a page tells it: where a machine keeps its data is nobody's business."""
-    return command.replace(data, Path(data).name) if "/" in data else command
 
 
 def _duration(seconds: float | None) -> str:
@@ -292,7 +290,7 @@ def site_notebook(
         for output in cell.get("outputs", ()):
             picture = output.get("data", {}).get("image/png")
             if not picture:
-                if not PROGRESS.search(str(output.get("data", {}).get("text/plain", ""))):
+                if not LIVE_LINE.search(str(output.get("data", {}).get("text/plain", ""))):
                     rest.append(output)
                 continue
             images += 1

@@ -177,7 +177,7 @@ def load_profile(
 
     Parameters
     ----------
-    name : "smoke", "cpu2h", "cpu", "quick", "paper", or the path of a .yaml file of the same form
+    name : "smoke", "evidence", "cpu2h", "cpu", "quick", "paper", or the path of a .yaml file of the same form
     variant, data, limit, seed, device : replace the profile's own where not None
     overrides : "train.epochs=3" and the like, a sequence or one string separated by spaces
 
@@ -205,6 +205,8 @@ def load_profile(
         key, equals, text = override.partition("=")
         if not equals:
             raise StudyError(f"override {shown(override)} has no '='; write it as train.epochs=3")
+        if key == "network.variant":
+            raise StudyError("network.variant brings a recipe of its own: give VARIANT (--variant) instead")
         if key.count(".") >= MAX_DEPTH:
             raise StudyError(f"override {shown(key)} names no parameter; write it as train.epochs=3")
         tree = _merge(tree, _nested(key, _parsed(text, f"override {shown(key)}")))

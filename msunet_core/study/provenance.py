@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from ..errors import StudyError
 from ..files import ROOT, atomic_write, read_text
 from .profile import load_profile
 
+# Parameters of a run that name a file.
+FILES = ("DATA", "PROFILE")
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill", "ipykernel", "sphinx")
 
 
@@ -81,11 +84,31 @@ def _sitting(began: int) -> dict[str, object]:
     return {"started": started, "wall_seconds": seconds, "git": git_state()}
 
 
+def command() -> str:
+    """How this process was started, as a reader would type it; of absolute paths only the name.
+
+    That is what `make` was asked for, where it was make.
+    """
+    program, *arguments = sys.argv
+    program = "-m msunet_core" if Path(program).name == "__main__.py" else Path(program).name
+    shown = [re.sub(r"^(--[\w-]+=)?/.*/", r"\1", argument) for argument in arguments]
+    shown = [re.sub(r"\btcp://.*", "tcp://HOST:PORT", argument) for argument in shown]
+    return os.environ.get("MSUNET_COMMAND") or f"python {program} {shlex.join(shown)}"
+
+
+def without_folders(text: str, parameters: Mapping[str, object]) -> str:
+    """A text as it is published: of each file that a run's parameters name, its name alone."""
+    for path in (str(parameters.get(name) or "") for name in FILES):
+        if "/" in path:
+            text = text.replace(path, Path(path).name)
+    return text
+
+
 def _write(path: Path, about: dict, parts: dict) -> None:
     (entries,) = parts.values()
     entries = list(entries.values()) if isinstance(entries, dict) else entries
     provenance = {
-        "command": os.environ.get("MSUNET_COMMAND") or " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": command(),
         **about,
         "started": min(entry["started"] for entry in entries),
         "wall_seconds": round(sum(entry["wall_seconds"] for entry in entries), 2),
@@ -120,7 +143,7 @@ def hardware() -> dict[str, object]:
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def git_state() -> dict[str, object] | None:

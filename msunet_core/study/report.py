@@ -27,6 +27,7 @@ from ..files import ROOT, write_fault
 from . import pages
 from .claims import EVIDENCE, claims, load_shipped
 from .profile import Profile
+from .provenance import without_folders
 from .shipped_page import shipped_parts
 
 DOCS = ROOT / "docs"
@@ -228,10 +229,12 @@ def _downloads(folder: Path, notebooks: dict) -> str:
 
 def _offer(folder: Path, notebooks: dict, downloads: Path) -> None:
     downloads.mkdir()
+    parameters = _read(folder / "provenance.json").get("parameters") or {}
     for name, (path, _) in _offers(folder).items():
         shutil.copyfile(path, downloads / name)
-    for name in notebooks:
-        shutil.copyfile(folder / f"{name}.ipynb", downloads / f"{name}.ipynb")
+    for name in ["provenance.json", *(f"{name}.ipynb" for name in notebooks)]:
+        if (folder / name).is_file():
+            (downloads / name).write_text(without_folders(_text(folder / name), parameters))
 
 
 def _read(path: Path) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..data.images import ImageData
 from ..data.sources import CIFAR100_CLASSES, load_data
@@ -61,7 +62,7 @@ class Study:
 
     Parameters
     ----------
-    profile : "smoke", "cpu2h", "cpu", "quick", "paper" or a .yaml file
+    profile : "smoke", "evidence", "cpu2h", "cpu", "quick", "paper" or a .yaml file
     data : "synthetic", "cifar100", an .npz or a folder; None: the profile's
     run : name of the folder below ``runs/``
     device, seed, limit, variant : replace the profile's own where not None
@@ -215,19 +216,19 @@ class _LiveLine:
         self.display, self.clock = display, time.perf_counter
         self.handle = None
         self.began = self.shown = self.clock()
-        self.first = 0
+        self.first = 0  # step of the first call, whose own time nobody saw
 
     def __call__(self, done: int, total: int, text: str) -> None:
         now = self.clock()
         if self.handle is None:
-            self.began, self.first = now, done - 1
+            self.began, self.first = now, done
         if self.handle is not None and done < total and now - self.shown < 0.5:
             return
         self.shown = now
-        seconds = (now - self.began) / (done - self.first) * (total - done)
-        line = {
-            "text/plain": f"{text}, step {done} of {total}, {int(seconds // 60)}:{int(seconds % 60):02d} left"
-        }
+        left = "?"
+        if done > self.first:
+            left = tqdm.format_interval((now - self.began) / (done - self.first) * (total - done))
+        line = {"text/plain": f"{text}, step {done} of {total}, {left} left"}
         if self.handle is None:
             self.handle = self.display(line, raw=True, display_id=f"{PROGRESS}-{uuid.uuid4().hex}")
         else:

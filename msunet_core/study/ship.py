@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import StudyError
 from ..files import atomic_path, atomic_write, read_text
 from ..training.records import epoch_seconds
+from .provenance import without_folders
 
 # What of a run is shipped beside its network: how it went, and how it was made.
 EVIDENCE = {
@@ -21,20 +22,26 @@ EVIDENCE = {
 }
 
 
-def check_finished(run: Path) -> None:
-    """Refuse a run that has not all that is shipped."""
+def check_finished(run: Path) -> dict:
+    """What a run's provenance says, once it is sure that the run has all that is shipped.
+
+    Raises StudyError where something is missing, or of no use.
+    """
     missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
+    try:
+        provenance = json.loads(read_text(run / "provenance.json"))
+    except (ValueError, RecursionError):
+        provenance = None
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), dict):
+        raise StudyError(f"{run}/provenance.json was written by no run; run notebook 03 there")
+    return provenance
 
 
 def ship(run: Path, folder: Path) -> None:
     """Copy histories, curves and provenance of a finished run into ``folder``, no path of this machine."""
-    check_finished(run)
-    provenance = json.loads(read_text(run / "provenance.json"))
-    data = provenance["parameters"].get("DATA")
-    if data:
-        provenance["parameters"]["DATA"] = Path(data).name
+    provenance = check_finished(run)
     provenance["epoch_seconds"] = {
         stage: list(epoch_seconds(run / stage).values()) for stage in ("train", "prune")
     }
@@ -42,4 +49,5 @@ def ship(run: Path, folder: Path) -> None:
     for source, name in EVIDENCE.items():
         with atomic_path(folder / name) as partial:
             shutil.copyfile(run / source, partial)
-    atomic_write(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+    told = json.dumps(provenance, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(folder / "provenance.json", without_folders(told, provenance["parameters"]))

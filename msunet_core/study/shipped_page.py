@@ -125,30 +125,13 @@ def _curves(shipped: Shipped, folder: Path) -> str:
         epochs = history["epoch"] + begin
         tested = history["test_top1"].notna()
         left.plot(epochs, history["train_loss"], color=COLOURS[stage], label=f"{stage}: training loss")
-        left.plot(
-            epochs[tested],
-            history["test_loss"][tested],
-            "o--",
-            ms=3,
-            color=COLOURS[stage],
-            label=f"{stage}: test loss",
-        )
-        right.plot(
-            epochs[tested],
-            history["test_top1"][tested],
-            "o-",
-            ms=3,
-            color=COLOURS[stage],
-            label=f"{stage}: top-1",
-        )
-        right.plot(
-            epochs[tested],
-            history["test_top5"][tested],
-            "s--",
-            ms=3,
-            color=COLOURS[stage],
-            label=f"{stage}: top-5",
-        )
+        for ax, column, style, what in (
+            (left, "test_loss", "o--", "test loss"),
+            (right, "test_top1", "o-", "top-1"),
+            (right, "test_top5", "s--", "top-5"),
+        ):
+            values = history[column][tested]
+            ax.plot(epochs[tested], values, style, ms=3, color=COLOURS[stage], label=f"{stage}: {what}")
         last = history[tested].iloc[-1]
         told.append(
             f"{stage} ends after {len(history)} epochs at {last['test_top1']:.1f} % top-1 "

@@ -17,22 +17,24 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 # Up to so many pairs all 2^n choices of signs are counted; of more pairs, so many are drawn.
 EXACT_PAIRS = 16
+# Fewer pairs resolve nothing at 95 %: five of one sign come up by chance in 2 / 2^5 = 6 % of all cases, and
+# no resampling of so few values knows their tails.
+FEWEST = 6
 
 
 @dataclass(frozen=True)
 class Effect:
     """A paired difference, in the unit of the values.
 
-    n : pairs
-    difference, sd : mean and standard deviation of the differences
-    low, high : 95 % bootstrap interval of the mean difference; NaN for a single pair
+    pairs : how many
+    difference : mean of the differences
+    low, high : 95 % bootstrap interval of the mean difference; NaN for fewer than ``FEWEST`` pairs
     p : exact two-sided sign-flip p of "no difference": the share of the 2^n choices of signs that give a mean
         at least as far from 0; never less than 2 / 2^n
     """
 
-    n: int
+    pairs: int
     difference: float
-    sd: float
     low: float
     high: float
     p: float
@@ -66,8 +68,8 @@ def effect(values: Sequence[float], reference: Sequence[float]) -> Effect:
     # Accuracies are counts: what is equal must not differ by the rounding of a subtraction.
     differences = differences.round(9)
     if n < 2:
-        return Effect(n, float(differences.mean()), math.nan, math.nan, math.nan, 1.0)
-    low, high = _interval(differences)
+        return Effect(n, float(differences.mean()), math.nan, math.nan, 1.0)
+    low, high = _interval(differences) if n >= FEWEST else (math.nan, math.nan)
     flips = stats.permutation_test(
         (differences, np.zeros(n)),
         lambda one, other, axis: np.mean(one - other, axis=axis),
@@ -76,9 +78,7 @@ def effect(values: Sequence[float], reference: Sequence[float]) -> Effect:
         rng=0,
         vectorized=True,
     )
-    return Effect(
-        n, float(differences.mean()), float(differences.std(ddof=1)), low, high, min(1.0, float(flips.pvalue))
-    )
+    return Effect(n, float(differences.mean()), low, high, min(1.0, float(flips.pvalue)))
 
 
 def _interval(differences: np.ndarray) -> tuple[float, float]:

@@ -8,32 +8,28 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.sources import CIFAR100_CLASSES
 from ..errors import StudyError
-from ..measure.unpack import unpack
+from ..files import read_bytes
+from ..measure.packed_reader import Reader
 
 
-def network_script(path: str | Path, class_names: Sequence[str] = CIFAR100_CLASSES) -> str:
+def network_script(path: str | Path) -> str:
     """JavaScript that hands a packed network to a page as ``MSUNET_FILE``.
 
     Parameters
     ----------
-    path : a packed file
-    class_names : a name for each class of the network, in order; ``_`` is shown as a space
+    path : a packed file of a network of CIFAR-100
 
     Raises
     ------
-    StudyError : not a packed network, or another number of names than classes
+    StudyError : not a packed network, or of another number of classes
     """
-    model = unpack(path)
-    classes = model.config["num_classes"]
-    if len(class_names) != classes:
-        raise StudyError(
-            f"{len(class_names)} names for the {classes} classes of {str(path)!r}; give one for each"
-        )
-    packed = base64.b64encode(Path(path).read_bytes()).decode()
-    names = [name.replace("_", " ") for name in class_names]
+    classes = Reader(path).read().info["network"]["num_classes"]
+    if classes != len(CIFAR100_CLASSES):
+        raise StudyError(f"{path} has {classes} classes, not those of CIFAR-100; give a file that has them")
+    packed = base64.b64encode(read_bytes(path)).decode()
+    names = [name.replace("_", " ") for name in CIFAR100_CLASSES]
     return f"globalThis.MSUNET_FILE = {json.dumps({'names': names, 'packed': packed})};\n"

@@ -81,14 +81,23 @@ def _table(rows: list[dict]) -> str:
 
 
 @contextlib.contextmanager
-def shown_progress(progress: bool | Progress) -> Iterator[Progress]:
-    """A callable itself, a bar in the terminal (True), or silence (False)."""
+def shown_progress(progress: bool | Progress, smoothing: float = 0.3) -> Iterator[Progress]:
+    """A callable itself, a bar in the terminal (True), or silence (False).
+
+    smoothing : as of tqdm: the ETA is of the last steps (1), of all since the start (0), or between
+    """
     if callable(progress):
         yield progress
         return
-    # smoothing=0, the rate since the start: epochs of shrunk and of whole images take turns, and an ETA
-    # of the last steps alone would swing between them.
-    with tqdm(disable=not progress, unit="step", mininterval=0.5, smoothing=0, dynamic_ncols=True) as bar:
+    bar = tqdm(
+        disable=not progress,
+        unit="step",
+        mininterval=0.5,
+        miniters=1,  # or a jump, as of a run that was there already, silences what follows
+        smoothing=smoothing,
+        dynamic_ncols=True,
+    )
+    with bar:
 
         def show(done: int, total: int, text: str) -> None:
             if bar.total != total:
