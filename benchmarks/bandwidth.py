@@ -32,22 +32,14 @@ SEPARABLE_INPUT = 1 + 2
 BLOCK_SKIP, SEPARABLE_SKIP = 1 + 1, 1 + 3
 # Times its input and its output: forward, input gradient (which the first layer has not), weight gradient.
 CONV = 3
-# Bytes of a parameter and step. O0: weight read forward and backward, gradient written; SGD reads gradient,
-# weight and momentum, writes weight and momentum. O2: the first three in FP16, then the gradient is widened
-# (read 2, write 4), SGD in FP32, and the weight rounded (read 4, write 2).
-PARAMETER = {"O0": 3 * 4 + 5 * 4, "O2": 3 * 2 + 6 + 5 * 4 + 6}
+# Of a parameter and step: weight read forward and backward, gradient written; SGD reads gradient, weight and
+# momentum, writes weight and momentum.
+PARAMETER = 3 + 5
+FP32 = 4  # bytes
 
 
-def step_bytes(
-    model: nn.Module,
-    batch: int,
-    level: str = "O0",
-    *,
-    size: int = 32,
-    passes: int = 1,
-    whole_blocks: bool = False,
-) -> int:
-    """Bytes that a training step moves if each fused pass reads and writes its tensors once.
+def step_bytes(model: nn.Module, batch: int, *, size: int = 32, whole_blocks: bool = False) -> int:
+    """Bytes that a training step in FP32 moves if each fused pass reads and writes its tensors once.
 
     Images, scores and the vectors of a channel are left out: under 1 % of it. So are, of whole blocks, the
     partial sums of weight gradients: about 5 %.
@@ -55,10 +47,8 @@ def step_bytes(
     Parameters
     ----------
     model : an MSUNet, or modules of its kinds
-    level : "O0" (FP32) or "O2" (FP16 activations and weights, FP32 masters)
     size : side of the images
-    passes : forward passes of a step, 3 with consistency
-    whole_blocks : a block's inner tensors stay in caches, as with the CPU's kernels at O0; or layer by layer
+    whole_blocks : a block's inner tensors stay in caches, as with the CPU's kernels; or layer by layer
     """
     values = 0
     is_first = True
@@ -101,7 +91,7 @@ def step_bytes(
     with torch.no_grad():
         model(torch.zeros(1, channels, size, size))
     parameters = sum(p.numel() for p in model.parameters())
-    return values * batch * passes * (2 if level == "O2" else 4) + parameters * PARAMETER[level]
+    return (values * batch + parameters * PARAMETER) * FP32
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:

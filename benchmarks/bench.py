@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -21,19 +20,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import latency
+from latency import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64  # specification §6
 EVAL_BATCH = 250
 HALF_IMAGES = 10  # true half kernels on a CPU are so slow that a few images have to do
 
-# name: (unit, work of `--quick`, work of a full run); work: images, steps of 64 or batches of 250
+# name: (method, its further arguments, unit, work of `--quick`, work of a full run); work: images, steps of
+# 64 or batches of 250
 TASKS = {
-    "data": ("images/s per core", 2048, 8192),
-    "step": ("images/s", 1, 2),
-    "step, consistency": ("images/s", 1, 1),
-    "evaluation O0": ("images/s", 1, 4),
-    "evaluation O3": ("images/s", 1, 2),
+    "data": ("data", (), "images/s per core", 2048, 8192),
+    "step": ("step", (), "images/s", 1, 2),
+    "step, consistency": ("step", (True,), "images/s", 1, 1),
+    "evaluation O0": ("evaluation", ("O0",), "images/s", 1, 4),
+    "evaluation O3": ("evaluation", ("O3",), "images/s", 1, 2),
 }
 
 
@@ -289,27 +290,15 @@ class Process:
 # --- measuring -------------------------------------------------------------------------------
 
 
-def summary(values: list[float]) -> dict:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "values": values}
-
-
 def measure(threads: int, repeats: int, is_quick: bool) -> dict:
     """Every task by both ways in turns; the first turn of each warms up and is not counted."""
     ways = {way: Process(way, threads) for way in ("released", "ours")}
-    requests = {
-        "data": ("data",),
-        "step": ("step",),
-        "step, consistency": ("step",),
-        "evaluation O0": ("evaluation",),
-        "evaluation O3": ("evaluation",),
-    }
-    extra = {"step, consistency": [True], "evaluation O0": ["O0"], "evaluation O3": ["O3"]}
     results: dict[str, dict] = {}
-    for task, (unit, quick, full) in TASKS.items():
+    for task, (method, further, unit, quick, full) in TASKS.items():
         values: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(repeats + 1):
             for way, process in ways.items():
-                found = process.ask(*requests[task], quick if is_quick else full, *extra.get(task, []))
+                found = process.ask(method, quick if is_quick else full, *further)
                 if turn:
                     values[way].append(found)
         ratios = [ours / released for ours, released in zip(values["ours"], values["released"], strict=True)]

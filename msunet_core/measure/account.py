@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from torch import nn
 
 from ..errors import StudyError
-from .pack import content_of
 from .packed_format import PARTS
 from .packed_reader import Reader
 from .scoring import FULL_BITS, score
@@ -17,13 +15,12 @@ from .unpack import network_of
 # -- the bytes and the score -------------------------------------------------------------------
 
 
-def account(source: nn.Module | str | Path, *, merge: bool = True) -> pd.DataFrame:
+def account(path: str | Path) -> pd.DataFrame:
     """What the score counts and what lies on the disk, layer by layer.
 
     Parameters
     ----------
-    source : a packed file, or a network, taken as :func:`pack` would write it without further metadata
-    merge : of a network, as of :func:`pack`
+    path : a packed file
 
     Returns
     -------
@@ -33,10 +30,7 @@ def account(source: nn.Module | str | Path, *, merge: bool = True) -> pd.DataFra
         their sum; ``difference`` (``bytes`` less the scored ones) and its ``reason``. The sum of ``bytes`` is
         the size of the file, that of ``scored`` 32 times the score's parameters.
     """
-    if isinstance(source, nn.Module):
-        found = Reader("the packed network", content_of(source, merge)).read()
-    else:
-        found = Reader(source).read()
+    found = Reader(path).read()
     counted = score(network_of(found), "O3").layers.set_index("name")["params"]
     rows = [
         {"layer": name, "kind": kind, "scored": round(counted.pop(name) * FULL_BITS), **found.bits[name]}

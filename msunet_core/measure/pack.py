@@ -68,14 +68,14 @@ def pack(
         cannot be written
     """
     path = Path(path)
-    content = content_of(model, merge, accuracy, provenance)
+    content = _content_of(model, merge, accuracy, provenance)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
         Reader(temporary).read()
     return path
 
 
-def content_of(
+def _content_of(
     model: nn.Module, merge: bool, accuracy: dict | None = None, provenance: dict | None = None
 ) -> bytes:
     if not hasattr(model, "config"):

@@ -44,9 +44,9 @@ class Stored:
 class Reader:
     """One file, believed step by step: nothing is allocated by what it claims before the bytes are there."""
 
-    def __init__(self, path: str | Path, content: bytes | None = None):
+    def __init__(self, path: str | Path):
         self.path = path
-        self.content = content
+        self.content: bytes | None = None  # once it was looked at
 
     def refuse(self, fault: str, remedy: str = "use another copy") -> StudyError:
         return StudyError(f"{self.path} {fault}; {remedy}")
