@@ -453,7 +453,7 @@ def own_made_anew(draw: random.Random, content: bytes) -> tuple[str, bytes]:
         other_tensor(draw, tensors)
     text = json.dumps(info)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    digest = checkpoint._digest(text, tensors)
+    digest = checkpoint.digest_of(text, tensors)
     return "made anew", safetensors.torch.save(tensors, {"study": text, "digest": digest})
 
 

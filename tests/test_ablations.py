@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from msunet_core.files import ROOT
 from msunet_core.study import ablations, cluster, grid_results, grid_runs
 from msunet_core.study.ablation_figures import pareto, plot_effects, plot_factor_curves, plot_front
 from msunet_core.study.ablations import read_results, run_ablations, tabulate
-from msunet_core.study.findings import budget_of, claims_beside_findings, resolved_rows
+from msunet_core.study.findings import budget_of, claims_beside_findings, of_chance, told
 from msunet_core.study.grid import GRID, load_grid
 from msunet_core.study.profile import load_profile, profile_names
 from msunet_core.training import resume
@@ -62,6 +63,24 @@ def tiny(data):
     return make
 
 
+@pytest.fixture
+def computed(monkeypatch):
+    """Folders of the runs that are computed, in the order in which they begin."""
+    folders, perform = [], ablations.perform
+
+    def noted(run, *rest):
+        folders.append(run.folder)
+        return perform(run, *rest)
+
+    monkeypatch.setattr(ablations, "perform", noted)
+    return folders
+
+
+def kinds(folders: list[Path]) -> list[str]:
+    """Of runs: "train-baseline-v3"."""
+    return [folder.parent.name.rsplit("-", 1)[0] for folder in folders]
+
+
 # -- the grid ----------------------------------------------------------------------------------
 
 
@@ -81,7 +100,7 @@ def test_the_study_has_a_row_for_every_choice_it_asks_about():
         "pruner": ["none", "V1", "V2", "V3"],
         "SE sparsity": ["0.9", "0.8", "0.95"],
         "opt level": ["O0", "O2", "O3"],
-        "variant": ["v3", "v2", "v1"],
+        "variant": ["v3", "v2", "v1 (V1, O0)"],
     }
     assert len(grid.seeds) >= 6
 
@@ -135,14 +154,12 @@ def test_a_grid_that_is_wrong_is_refused_by_name(change, message):
 # -- rows and runs -----------------------------------------------------------------------------
 
 
-def test_rows_are_what_their_runs_say_and_equal_runs_are_computed_once(tiny, images, tmp_path, monkeypatch):
+def test_rows_are_what_their_runs_say_and_equal_runs_are_computed_once(tiny, images, tmp_path, computed):
     profile = tiny()
     grid = load_grid(profile, factors=FACTORS, seeds=[0, 1])
     found = run_ablations(profile, grid, tmp_path / "out", progress=False)
-    folders = sorted(
-        path.name.rsplit("-", 1)[0] for path in (tmp_path / "out/smoke").iterdir() if path.is_dir()
-    )
-    assert folders == ["prune-pruner-V2", "train-baseline-v3", "train-weights-float"]
+    assert sorted(set(kinds(computed))) == ["prune-pruner-V2", "train-baseline-v3", "train-weights-float"]
+    assert len(computed) == len(set(computed)) == 6
     (pruned,) = (tmp_path / "out/smoke").glob("prune-*/seed-1")
     model, _ = load_checkpoint(pruned / CHECKPOINT)
     by = found.seeds.set_index(["choice", "value", "seed"]).sort_index()
@@ -153,12 +170,9 @@ def test_rows_are_what_their_runs_say_and_equal_runs_are_computed_once(tiny, ima
         assert row["score"] == pytest.approx(score(model, level).value, abs=5e-9)
     assert by.loc["weights", "ternary"].equals(by.loc["baseline", "v3"])
     assert by.loc["pruner", "none"].equals(by.loc["baseline", "v3"])
-
-    def nothing_is_to_be_done(*arguments):
-        raise AssertionError("a finished run was computed again")
-
-    monkeypatch.setattr(ablations, "perform", nothing_is_to_be_done)
+    computed.clear()
     again = run_ablations(profile, grid, tmp_path / "out", progress=False)
+    assert computed == []
     pd.testing.assert_frame_equal(again.table, found.table)
     assert again.provenance == found.provenance
 
@@ -176,7 +190,8 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path, mon
         written, own = getattr(read, name), getattr(found, name)
         pd.testing.assert_frame_equal(written, own, check_dtype=False, obj=name)
     assert ",".join(found.table) == (
-        "choice,value,n,mean,sd,difference,low,high,p,resolved,pairs,params,flops,score,failed"
+        "choice,value,n,mean,sd,difference,sd_difference,low,high,p,resolved,pairs,"
+        "params,flops,score,score_change,failed"
     )
     for path in (tmp_path / "out").glob("smoke*.*"):
         assert str(tmp_path) not in path.read_text(), path
@@ -191,51 +206,39 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path, mon
     )
 
 
-def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, monkeypatch):
+def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, computed):
     profile = tiny()
     grid = load_grid(profile, factors=FACTORS, seeds=[0, 1])
     whole = run_ablations(profile, grid, tmp_path / "whole", progress=False)
-    real, computed = ablations.perform, []
+    computed.clear()
 
-    def stopped_after_three(run, *arguments):
-        if len(computed) == 3:
+    def stop_after_three(done, total, text):
+        if text == "ablations, 3 of 6 runs":
             raise KeyboardInterrupt
-        computed.append(run.folder)
-        return real(run, *arguments)
 
-    monkeypatch.setattr(ablations, "perform", stopped_after_three)
     with pytest.raises(KeyboardInterrupt):
-        run_ablations(profile, grid, tmp_path / "cut", progress=False)
-    monkeypatch.setattr(
-        ablations, "perform", lambda run, *rest: computed.append(run.folder) or real(run, *rest)
-    )
+        run_ablations(profile, grid, tmp_path / "cut", progress=stop_after_three)
     cut = run_ablations(profile, grid, tmp_path / "cut", progress=False)
     pd.testing.assert_frame_equal(cut.table, whole.table)
     assert len(computed) == len(set(computed)) == 6
 
 
-def test_results_travel_without_their_folders_and_only_what_is_added_is_computed(tiny, tmp_path, monkeypatch):
+def test_results_travel_without_their_folders_and_only_what_is_added_is_computed(tiny, tmp_path, computed):
     """As in a fresh clone: the file of the runs is there, their folders are not."""
-    real, computed = ablations.perform, []
 
-    def noted(run, *arguments):
-        if len(computed) == stop_at:
+    def terminate_after_two(done, total, text):
+        if text == "ablations, 2 of 3 runs":
             os.kill(os.getpid(), signal.SIGTERM)
-        computed.append(run.folder.parent.name.rsplit("-", 1)[0])
-        return real(run, *arguments)
 
-    monkeypatch.setattr(ablations, "perform", noted)
     first = load_grid(tiny(), factors={"weights": FACTORS["weights"], "pruner": FACTORS["pruner"]}, seeds=[0])
-    stop_at = 2
     with pytest.raises(SystemExit):
-        run_ablations(tiny(), first, tmp_path, progress=False)
-    assert computed == ["train-baseline-v3", "train-weights-float"]
+        run_ablations(tiny(), first, tmp_path, progress=terminate_after_two)
+    assert kinds(computed) == ["train-baseline-v3", "train-weights-float"]
     shutil.rmtree(tmp_path / "smoke")
-    stop_at = None
     found = run_ablations(tiny(), first, tmp_path, progress=False)
     assert found.provenance["wall_seconds"] is None, "the time of the stopped sitting is not known"
     # A pruning goes on from weights, so its training is needed again; the float network is not.
-    assert computed[2:] == ["train-baseline-v3", "prune-pruner-V2"]
+    assert kinds(computed[2:]) == ["train-baseline-v3", "prune-pruner-V2"]
     shutil.rmtree(tmp_path / "smoke")
     pd.testing.assert_frame_equal(run_ablations(tiny(), first, tmp_path, progress=False).table, found.table)
     assert len(computed) == 4
@@ -245,30 +248,27 @@ def test_results_travel_without_their_folders_and_only_what_is_added_is_computed
         seeds=[0],
     )
     found = run_ablations(tiny(), more, tmp_path, progress=False)
-    assert computed[4:] == ["train-weights-binary"]
+    assert kinds(computed[4:]) == ["train-weights-binary"]
     assert found.table["n"].tolist() == [1] * 4
     pruned = json.loads((tmp_path / "smoke_runs.json").read_text())
     assert sum(name.startswith("prune-pruner-V2") for name in pruned) == 1, "what another grid needs is kept"
 
 
-def test_a_run_is_known_whatever_row_asked_for_it_first(tiny, tmp_path, monkeypatch):
+def test_a_run_is_known_whatever_row_asked_for_it_first(tiny, tmp_path, computed):
     """Its folder and its line are called after a row; another order of rows calls it otherwise."""
     factors = {"weights": FACTORS["weights"], "alpha": {"0.7": {}, "1.0": {"ablation.alpha": 1.0}}}
     run_ablations(tiny(), load_grid(tiny(), factors=factors, seeds=[0]), tmp_path, progress=False)
     other = load_grid(tiny(), factors={"mine": {"b": {"ablation.alpha": 1.0}, "a": {}}}, seeds=[0])
     lines = (tmp_path / "smoke_runs.json").read_text()
-
-    def nothing_is_to_be_done(*_):
-        raise AssertionError("a run was computed again")
-
-    monkeypatch.setattr(ablations, "perform", nothing_is_to_be_done)
+    computed.clear()
     run_ablations(tiny(), other, tmp_path, progress=False)
     shutil.rmtree(tmp_path / "smoke")
     run_ablations(tiny(), other, tmp_path, progress=False)
+    assert computed == []
     assert (tmp_path / "smoke_runs.json").read_text() == lines
 
 
-def test_a_pruning_does_not_start_from_a_training_that_was_stopped(tiny, tmp_path, monkeypatch):
+def test_a_pruning_does_not_start_from_a_training_that_was_stopped(tiny, tmp_path, computed):
     """Its result is in the file of runs, what lies in its folder is a first part of it, begun anew."""
     grid = load_grid(tiny(), factors={"pruner": FACTORS["pruner"]}, seeds=[0])
     found = run_ablations(tiny(), grid, tmp_path, progress=False)
@@ -279,10 +279,7 @@ def test_a_pruning_does_not_start_from_a_training_that_was_stopped(tiny, tmp_pat
     path = tmp_path / "smoke_runs.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps({name: kept[name] for name in kept if name.startswith("train")}))
-    real, computed = ablations.perform, []
-    monkeypatch.setattr(
-        ablations, "perform", lambda run, *rest: computed.append(run.folder) or real(run, *rest)
-    )
+    computed.clear()
     again = run_ablations(tiny(), grid, tmp_path, progress=False)
     assert computed == [training, pruning]
     pd.testing.assert_frame_equal(again.table, found.table)
@@ -347,10 +344,10 @@ def test_a_pruning_whose_training_failed_says_so(tiny, tmp_path):
 
 def test_other_images_than_the_grid_was_started_with_are_refused(tiny, images, data, tmp_path):
     source = ablations.source_of(tiny())
-    darker = type(images)(images.train_images // 2, *list(vars(images).values())[1:6])
+    darker = dataclasses.replace(images, train_images=images.train_images // 2)
     save_npz(darker, data)
+    grid_runs._load.cache_clear()
     with pytest.raises(StudyError, match=r"have fingerprint .* give all workers the same images"):
-        ablations.source_of.__globals__["_load"].cache_clear()
         source.load()
 
 
@@ -360,9 +357,10 @@ def test_v1_and_v2_are_one_training_pruned_in_two_ways(tiny, tmp_path):
     grid = load_grid(tiny(), factors={"variant": {"v1": v1, "v2": v2}}, seeds=[0])
     found = run_ablations(tiny(), grid, tmp_path, progress=False)
     assert found.table["failed"].isna().all(), found.table["failed"].tolist()
-    kinds = sorted(path.name.split("-")[0] for path in (tmp_path / "smoke").iterdir() if path.is_dir())
-    assert kinds == ["prune", "prune", "train", "train"]  # the baseline's and that of both
+    stages = sorted(path.name.split("-")[0] for path in (tmp_path / "smoke").iterdir() if path.is_dir())
+    assert stages == ["prune", "prune", "train", "train"]  # the baseline's and that of both
     assert found.table["score"].iloc[1] > found.table["score"].iloc[2]
+    assert found.curves["value"].unique().tolist() == ["v3", "v1 = v2"]
 
 
 def test_progress_is_one_line_over_all_rows(tiny, tmp_path):
@@ -377,25 +375,27 @@ def test_progress_is_one_line_over_all_rows(tiny, tmp_path):
 # -- tables and pictures ------------------------------------------------------------------------
 
 
-def by_seed(**rows) -> pd.DataFrame:
-    """Rows by seed of "choice_value": top-1 values; cost 1 and score 0.01 each."""
+def by_seed(score=None, **rows) -> pd.DataFrame:
+    """Rows by seed of "choice_value": top-1 values; cost 1 and score 0.01 each, or what ``score`` says."""
     table = []
     for name, values in rows.items():
         choice, value = name.split("_")
         for seed, top1 in enumerate(values):
             table.append(dict(choice=choice, value=value, seed=seed, top1=top1, top5=0, loss=0))
             failed = None if top1 == top1 else "it broke"
-            table[-1] |= dict(params=1, flops=1, score=0.01, failed=failed)
+            table[-1] |= dict(params=1, flops=1, score=(score or {}).get(name, 0.01), failed=failed)
     return pd.DataFrame(table)
 
 
 def test_a_row_is_compared_with_the_first_of_its_factor_on_the_seeds_they_share():
     """b is 1, 2, 3 above a on the seeds that both have; its fourth seed failed."""
     nan = float("nan")
-    table = tabulate(by_seed(f_a=[10, 20, 30, 40], f_b=[11, 22, 33, nan], g_c=[50, 60, 70, 80]))
+    rows = dict(f_a=[10, 20, 30, 40], f_b=[11, 22, 33, nan], g_c=[50, 60, 70, 80])
+    table = tabulate(by_seed(score={"f_b": 0.008}, **rows))
     a, b, c = table.to_dict("records")
     assert (a["n"], a["mean"]) == (4, 25) and pd.isna(a["difference"]) and pd.isna(a["resolved"])
-    assert (b["n"], b["mean"], b["difference"], b["p"]) == (3, 22, 2, 2 / 8)
+    assert (b["n"], b["mean"], b["difference"], b["sd_difference"], b["p"]) == (3, 22, 2, 1, 2 / 8)
+    assert b["score_change"] == -20 and b["pairs"] == 3
     assert b["failed"] == "1 of 4 seeds, seed 3: it broke"
     assert pd.isna(c["difference"])  # the first of another factor
 
@@ -414,19 +414,34 @@ TABLE = tabulate(
 
 
 def test_claims_stand_beside_what_was_found():
-    beside = claims_beside_findings(TABLE).set_index("claimed")
-    verdicts = dict(zip(beside.index, beside["verdict"], strict=True))
-    assert list(verdicts.values()) == ["as claimed", "not resolved", "", "against the claim"]
+    beside = claims_beside_findings(TABLE)
+    assert beside["at this budget"].tolist() == ["agrees", "undecided", "", "disagrees"]
     assert "binary against ternary: -1.88 points" in beside["found"].iloc[0]
     assert beside["found"].iloc[2] == "not measured here"
-    assert [line.split(" instead")[0] for line in resolved_rows(TABLE)] == ["weights: binary", "pruner: V1"]
+    few = claims_beside_findings(tabulate(by_seed(weights_ternary=[40, 41], weights_binary=[38, 39])))
+    assert few["at this budget"].iloc[0] == "undecided" and "too few for an interval" in few["found"].iloc[0]
 
 
-def test_resolved_rows_are_filled_and_the_others_hollow():
-    axes = plot_effects(TABLE).axes[0]
-    markers = [line for line in axes.lines if line.get_marker() == "o"]
-    hollow = [marker.get_markerfacecolor() == "white" for marker in markers]
-    assert hollow == [False, True, False]  # binary, as released, V1
+def test_what_is_resolved_and_what_is_not_are_told_apart_in_the_order_of_the_grid():
+    found, open_ = (
+        [line.split(" instead")[0] for line in told(TABLE, resolved=yes)] for yes in (True, False)
+    )
+    assert (found, open_) == (["weights: binary", "pruner: V1"], ["consistency: as released"])
+    assert told(TABLE.iloc[:2], resolved=True) == ["none"]
+    # Three comparisons of six pairs, each resolved by chance in 2 of 64.
+    assert of_chance(TABLE).startswith("Of these 3 comparisons about 0.1 would")
+
+
+def test_resolved_rows_are_filled_the_others_hollow_and_few_seeds_a_cross():
+    few = tabulate(by_seed(alpha_a=[40, 41], alpha_b=[38, 39]))
+    axes = plot_effects(pd.concat([TABLE, few])).axes[0]
+    drawn = [(line.get_marker(), line.get_markerfacecolor() == "white") for line in axes.lines]
+    assert [each for each in drawn if each[0] in "ox"] == [
+        ("o", False),  # binary
+        ("o", True),  # as released
+        ("o", False),  # V1
+        ("x", False),  # of two seeds
+    ]
 
 
 def test_the_front_is_of_rows_that_no_other_beats():
@@ -437,10 +452,10 @@ def test_the_front_is_of_rows_that_no_other_beats():
 def test_pictures_hold_what_they_promise(tiny, tmp_path):
     grid = load_grid(tiny("ablation.epochs=2"), factors={"weights": FACTORS["weights"]}, seeds=[0, 1])
     found = run_ablations(tiny("ablation.epochs=2"), grid, tmp_path, progress=False)
-    assert sorted(found.curves["epoch"].unique()) == [0, 1]
+    assert found.curves.groupby(["choice", "value", "seed"])["epoch"].apply(list).tolist() == [[0, 1]] * 6
     figures = plot_effects(found.table), plot_front(found.table), plot_factor_curves(found.curves)
     for figure in figures:
-        assert figure.get_size_inches()[0] <= 6.5
+        assert figure.get_size_inches()[0] <= 4.5  # at 8 points and more, as large on a phone
         assert (
             min(text.get_fontsize() for text in figure.findobj(match=lambda o: hasattr(o, "get_fontsize")))
             >= 8
@@ -452,6 +467,7 @@ def test_pictures_hold_what_they_promise(tiny, tmp_path):
     drawn = {tuple(line.get_xdata()) for line in figures[1].axes[1].lines}
     assert (0.01711, 0.01255, 0.01083) in drawn and (0.004169, 0.0054) in drawn
     assert "published network" in budget_of(found) and "2 epochs" in budget_of(found)
+    assert all(line.startswith("- **") for line in budget_of(found).splitlines())
 
 
 # -- Dask ---------------------------------------------------------------------------------------

@@ -159,19 +159,8 @@ def test_the_same_seed_stage_and_epoch_give_the_same_plan_and_any_other_another(
         return draw_epoch_plan(200, 64, **{"seed": 3, "stage": "train", "epoch": 5, **changes})
 
     again = drawn()
-    for name in (
-        "order",
-        "dy",
-        "dx",
-        "flip",
-        "factors",
-        "jitter_order",
-        "partner",
-        "box",
-        "lam",
-        "use_cutmix",
-    ):
-        assert torch.equal(getattr(again, name), getattr(plan, name)), name
+    for name, drawn_then in vars(plan).items():
+        assert torch.equal(torch.as_tensor(vars(again)[name]), torch.as_tensor(drawn_then)), name
     for change in ({"seed": 4}, {"stage": "prune"}, {"epoch": 6}):
         assert not torch.equal(drawn(**change).order, plan.order), change
 
@@ -181,6 +170,10 @@ def test_the_first_choices_are_these_on_every_machine():
     plan = draw_epoch_plan(100, 10, seed=0, stage="train", epoch=0)
     assert plan.order[0].tolist() == [40, 53, 12, 19, 90, 8, 25, 91, 69, 85]
     assert plan.box[0].tolist() == [19, 32, 7, 31]
+    assert plan.dy[0, :4].tolist() == [1, 5, 6, 8] and plan.dx[0, :4].tolist() == [4, 2, 5, 6]
+    assert plan.flip[0].nonzero().flatten().tolist() == [0, 4, 9]
+    assert plan.jitter_order[0].tolist() == [3, 0, 5, 4, 0, 4, 4, 4, 3, 4]
+    assert plan.erase[0, :2].tolist() == [[16, 30, 8, 21], [0, 0, 0, 0]]
 
 
 def test_clean_training_sees_the_images_in_the_same_order_and_with_the_same_cutmix(plan):

@@ -8,19 +8,18 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from helpers import forge
 
 from msunet_core import StudyError, build_msunet, load_checkpoint
-from msunet_core.model import checkpoint
 from msunet_core.model.checkpoint import (
     MAX_BYTES,
     PREVIOUS,
@@ -469,12 +468,6 @@ def test_every_flipped_bit_of_an_own_checkpoint_is_found(own):
         refusal(path)
 
 
-def forge(path: Path, tensors: dict, info: dict) -> None:
-    """A checkpoint of the study's own form with a right digest, whatever it tells."""
-    text = json.dumps({"format": checkpoint.FORMAT, **info})
-    path.write_bytes(save(tensors, {"study": text, "digest": checkpoint._digest(text, tensors)}))
-
-
 @pytest.mark.parametrize(
     "info",
     [
@@ -501,10 +494,13 @@ def forge(path: Path, tensors: dict, info: dict) -> None:
     ],
 )
 def test_an_own_checkpoint_that_tells_nonsense_is_refused(own, tmp_path, info):
-    tensors, _ = read_checkpoint(own[0])
+    tensors, told = read_checkpoint(own[0])
     path = tmp_path / "odd.safetensors"
-    forge(path, tensors, info)
-    refusal(path)
+    forge(path, tensors, told)
+    load_checkpoint(path)
+    forge(path, tensors, {**told, **info})
+    message = refusal(path).split(path.name)[1]
+    assert any(key in message for key in re.findall(r'"(\w+)":', json.dumps(info))), message
 
 
 def test_a_safetensors_file_of_something_else_is_refused(tmp_path):
@@ -522,7 +518,7 @@ def test_the_previous_checkpoint_stays_until_the_new_one_is_good(tmp_path, monke
     assert read_checkpoint(path.with_name(path.name + PREVIOUS))[1]["number"] == 1
     with monkeypatch.context() as patch:  # a disk that returns other bytes than it was given
         patch.setattr("msunet_core.model.checkpoint.save", lambda tensors, metadata: b"\0" * 64)
-        with pytest.raises(StudyError, match="not a whole safetensors file"):
+        with pytest.raises(StudyError, match="was not written: what was read back"):
             save_checkpoint(path, {"x": torch.tensor(3)}, {"number": 3})
     assert latest_checkpoint(path)[1]["number"] == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + PREVIOUS]

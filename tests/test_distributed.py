@@ -74,7 +74,11 @@ def in_each_process(folder: Path) -> None:
         told[case] = state, result.history, result.metrics
     told["batch norm"] = batch_norm_step()
 
+    seen = 0
+
     def stop(done: int, *_) -> None:
+        nonlocal seen
+        seen = done
         if done == 2:
             os.kill(os.getpid(), signal.SIGTERM)  # this process alone
 
@@ -82,7 +86,7 @@ def in_each_process(folder: Path) -> None:
     try:
         train(copy.deepcopy(network), images, config, own / "stopped", progress=stop)
     except SystemExit as left:
-        told["left"] = left.code, read_checkpoint(own / "stopped" / CHECKPOINT)[1]["step"] if not rank else 2
+        told["left"] = left.code, seen if rank else read_checkpoint(own / "stopped" / CHECKPOINT)[1]["step"]
     train(copy.deepcopy(network), images, config, own / "stopped", progress=False)
 
     spoilt = copy.deepcopy(network)
@@ -325,7 +329,9 @@ def test_torchrun_terminated_within_an_epoch_goes_on_from_there_bit_for_bit(comm
 
     stopped = run("stopped")
     log = tmp_path / "stopped" / "log.txt"
+    deadline = time.monotonic() + 120
     while stopped.poll() is None and not (log.exists() and "epoch 0:" in log.read_text()):
+        assert time.monotonic() < deadline, (tmp_path / "stopped.txt").read_text()
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(120) != 0, (tmp_path / "stopped.txt").read_text()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def pixels(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def deviation(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)).item()
+
+
+def assert_same_bits_with_any_number_of_threads(compute: Callable[[], dict[str, Tensor]]) -> None:
+    """And each time."""
+    found = []
+    try:
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(compute())
+    finally:
+        torch.set_num_threads(1)
+    for other in found[1:]:
+        assert [name for name, tensor in found[0].items() if not torch.equal(tensor, other[name])] == []
 
 
 def is_fused(y: Tensor) -> bool:
@@ -207,14 +222,19 @@ def block_input(block: nn.Module, *size: int, dtype: torch.dtype) -> Tensor:
     return pixels(3, sum(conv.in_channels for conv in convs), *size, dtype=dtype)
 
 
+@contextlib.contextmanager
+def called_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that blocks call, as they are called."""
+    called, call = [], blocks.call
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "call", lambda name, *rest: (called.append(name), call(name, *rest)))
+        yield called
+
+
 def serves_in_eval(block: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, bool]:
     """The block's output, and whether one kernel made it."""
-    called, call = [], blocks.call
-    monkeypatch.setattr(blocks, "call", lambda name, *rest: (called.append(name), call(name, *rest)))
-    with torch.no_grad(), precision.WidenHalf(), accelerated(block):
-        y = block(x)
-    monkeypatch.undo()
-    return y, "residual" in called
+    with called_kernels(monkeypatch) as called, torch.no_grad(), precision.WidenHalf(), accelerated(block):
+        return block(x), "residual" in called
 
 
 @needs_kernels
@@ -251,14 +271,7 @@ def test_a_block_in_eval_mode_rounds_to_fp16_where_the_plain_form_does(name, mon
 @torch.no_grad()
 def test_a_block_in_eval_mode_gives_the_same_bits_with_any_number_of_threads():
     block, x = accelerate(BLOCKS["stride 2"]()), pixels(7, 20, 12, 12)
-    found = []
-    try:
-        for threads in (1, 1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(block(x))
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert_same_bits_with_any_number_of_threads(lambda: {"y": block(x)})
 
 
 def in_training_mode(block: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -274,12 +287,8 @@ def serves_in_training(
     block: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Tensor], bool]:
     """Output, gradients and running statistics of a step, and whether the block's kernels made them."""
-    called, call = [], blocks.call
-    monkeypatch.setattr(blocks, "call", lambda name, *rest: (called.append(name), call(name, *rest)))
-    with accelerated(block):
-        found = block_step(block, x)
-    monkeypatch.undo()
-    return found, "project_backward" in called
+    with called_kernels(monkeypatch) as called, accelerated(block):
+        return block_step(block, x), "project_backward" in called
 
 
 def block_step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -378,15 +387,10 @@ def test_a_channel_without_variance_is_left_at_its_shift(monkeypatch):
                 conv.weight[0] = conv.weight.mean()  # T is 0 there
     x = block_input(block, 8, 8, dtype=torch.float32)
     x[:, 3] = 7.0
-    exact = exact_block_step(block, x)
+    exact, before = exact_block_step(block, x), block.bn1.running_var[0].item()
     ours, is_served = serves_in_training(block, x, monkeypatch)
-    assert is_served and ours["bn1.running_var"][0] == pytest.approx(0.9 * block_variance(block, 0), rel=1e-6)
+    assert is_served and ours["bn1.running_var"][0] == pytest.approx(0.9 * before, rel=1e-6)
     assert_close(ours, exact, 10 * FP32)
-
-
-def block_variance(block: nn.Module, channel: int) -> float:
-    """Running variance of the first norm before its first step."""
-    return in_training_mode(BLOCKS["skip"]()).bn1.running_var[channel].item()
 
 
 @needs_kernels
@@ -418,17 +422,12 @@ def test_frozen_weights_of_a_block_get_no_gradient(frozen, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_in_training_gives_the_same_bits_with_any_number_of_threads(name, monkeypatch):
-    block, found = in_training_mode(BLOCKS[name]()), []
+    block = in_training_mode(BLOCKS[name]())
     x = block_input(block, 12, 12, dtype=torch.float32).repeat(3, 1, 1, 1)
     x = x.contiguous(memory_format=torch.channels_last)
-    try:
-        for threads in (1, 1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(serves_in_training(copy.deepcopy(block), x, monkeypatch)[0])
-    finally:
-        torch.set_num_threads(1)
-    for other in found[1:]:
-        assert [name for name, tensor in found[0].items() if not torch.equal(tensor, other[name])] == []
+    assert_same_bits_with_any_number_of_threads(
+        lambda: serves_in_training(copy.deepcopy(block), x, monkeypatch)[0]
+    )
 
 
 @needs_kernels
@@ -520,18 +519,11 @@ def test_nan_passes_through():
 
 
 @needs_kernels
-def test_the_same_bits_each_time_and_with_any_number_of_threads():
+def test_norms_and_depthwise_give_the_same_bits_with_any_number_of_threads():
     norm, convs, x = new_norm(40), depthwise_convs(40, (3, 5, 7), 2), pixels(7, 40, 12, 12)
-    found = []
-    try:
-        for threads in (1, 1, 2, 3):
-            torch.set_num_threads(threads)
-            normed = norm_step(norm, nn.SiLU(), x, x)
-            found.append(conv_step(convs, x) | {f"norm {k}": t for k, t in normed.items()})
-    finally:
-        torch.set_num_threads(1)
-    for other in found[1:]:
-        assert [name for name, tensor in found[0].items() if not torch.equal(tensor, other[name])] == []
+    assert_same_bits_with_any_number_of_threads(
+        lambda: conv_step(convs, x) | {f"norm {k}": t for k, t in norm_step(norm, nn.SiLU(), x, x).items()}
+    )
 
 
 # --- the network -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from msunet_core.study import make, runner, ship
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = list(make.NOTEBOOKS)
 ALL = [*NOTEBOOKS, "pages"]
-LOOK_AT_PRUNED = [*NOTEBOOKS[3:5], "07_packed_network"]
+LOOK_AT_PRUNED = ["04_o3_validation", "05_scoring_walkthrough", "07_packed_network"]
 MODULES = [
     "__init__",
     "__main__",

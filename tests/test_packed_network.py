@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import lived_in
 from torch import nn
 
 from msunet_core import PackedNetwork, StudyError, build_msunet, evaluate, unpack
@@ -35,19 +36,6 @@ FP32 = 2e-5
 
 def some_images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-
-
-@torch.no_grad()
-def lived_in(model: nn.Module) -> nn.Module:
-    """Batch norms and biases as training leaves them."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.uniform_(0.3, 1.5)
-            layer.momentum = 1.0
-        if getattr(layer, "bias", None) is not None:
-            layer.bias.normal_(0, 0.3)
-    model.train()(torch.randn(4, 3, 32, 32))
-    return model.eval()
 
 
 @torch.no_grad()

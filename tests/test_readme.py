@@ -108,10 +108,6 @@ def _points(difference: float) -> str:
     return "" if math.isnan(difference) else f"{difference:+.1f}"
 
 
-def test_a_newcomer_reads_it_in_one_sitting():
-    assert len(README.split()) < 1300
-
-
 def test_every_file_that_the_pages_link_exists():
     pages = [ROOT / "README.md", ROOT / "runs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for page in pages:

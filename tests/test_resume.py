@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -13,22 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from helpers import forge
 
 from msunet_core import StudyError, prune, train
 from msunet_core.fast import library
 from msunet_core.files import lock_folder
-from msunet_core.model import checkpoint
 from msunet_core.model.checkpoint import read_checkpoint, read_momentum
 from msunet_core.training import code, resume
 from msunet_core.training.stages import CHECKPOINT
-
-
-def forge(path: Path, tensors: dict, info: dict) -> None:
-    """Write a checkpoint with a right digest, whatever it holds."""
-    text = json.dumps(info)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    path.write_bytes(save(tensors, {"study": text, "digest": checkpoint._digest(text, tensors)}))
 
 
 @pytest.fixture(scope="module")

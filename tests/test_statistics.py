@@ -19,8 +19,24 @@ def test_a_hand_worked_pair_of_rows():
     found = effect([11, 22, 33, 44, 55, 63], [10, 20, 30, 40, 50, 60])
     assert (found.pairs, found.difference) == (6, 3.0)
     assert found.p == 0.03125
-    assert 1.0 <= found.low < 3 < found.high <= 5.0
+    assert found.sd == pytest.approx(math.sqrt(10 / 5))  # squares of -2, -1, 0, 1, 2, 0 sum to 10
+    # All 6^6 resamples, sorted: the 0.00243 and 0.99757 quantiles of their means, 0.00243 being
+    # Phi(-2.5706 sqrt(6 / 5)), are 1.5 and 4.5.
+    assert (found.low, found.high) == pytest.approx((1.5, 4.5), abs=0.17)  # one step of the means
     assert found.resolved
+
+
+def test_five_that_agree_and_a_small_sixth_that_does_not_are_not_resolved():
+    """The interval alone would be clear of 0; of all choices of signs 4 in 64 are as far from it."""
+    found = effect([2.0, 2.0, 2.0, 2.0, 2.0, -0.9], [0.0] * 6)
+    assert found.low > 0 and found.p == 4 / 64 and not found.resolved
+
+
+def test_more_pairs_than_can_be_counted_are_drawn():
+    one_sign = effect([1.0 + 0.1 * n for n in range(17)], [0.0] * 17)
+    assert one_sign.p < 0.001 and one_sign.resolved
+    both_signs = effect([(-1.0) ** n for n in range(17)], [0.0] * 17)
+    assert both_signs.p > 0.5 and not both_signs.resolved
 
 
 def test_one_seed_of_six_against_the_others_by_counting():
@@ -95,5 +111,5 @@ def test_without_an_effect_few_differences_are_resolved():
     draw = np.random.default_rng(2)
     pairs = draw.normal(35.0, 1.0, (400, 2, 6))
     resolved = np.mean([effect(one, other).resolved for one, other in pairs])
-    # 5 % and three standard deviations of 400 draws.
-    assert resolved <= 0.083, f"{resolved:.1%} of the differences of nothing are called resolved"
+    # 2 in 64, and three standard deviations of 400 draws.
+    assert resolved <= 0.0575, f"{resolved:.1%} of the differences of nothing are called resolved"

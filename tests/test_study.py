@@ -188,7 +188,7 @@ def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
     pictures = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     sheet = figures.show_images(pictures, [name, name], title=name)
     bars = figures.plot_by_layer({name: 0.5}, name)
-    table = pd.DataFrame({"choice": [name], "value": [name], "mean": [1.0], "score": [0.5]})
+    table = pd.DataFrame({"choice": [name], "value": [name], "mean": [1.0], "sd": [0.1], "score": [0.5]})
     for figure in (sheet, bars, plot_front(table)):
         figure.savefig(tmp_path / "a.png")
         plt.close(figure)
@@ -196,7 +196,7 @@ def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
 
 def test_a_logarithmic_axis_shows_numbers_and_no_formula_in_letters():
     table = pd.DataFrame({"choice": ["a"] * 3, "value": ["x", "y", "z"], "mean": [1.0, 2.0, 3.0]})
-    figure = plot_front(table.assign(score=[0.001, 0.03, 0.9]))
+    figure = plot_front(table.assign(sd=0.1, score=[0.001, 0.03, 0.9]))
     figure.draw_without_rendering()
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert {"0.001", "0.01", "0.1"} <= set(shown) and not [text for text in shown if "math" in text]

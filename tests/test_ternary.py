@@ -76,35 +76,24 @@ def test_scale_keeps_the_variance_of_a_kaiming_initialisation():
 
 
 @pytest.mark.parametrize("weights", ["ternary", "binary"])
-def test_the_gradient_of_the_kernel_passes_straight_through(weights):
+@pytest.mark.parametrize("gradient", ["kernel", "signs"])
+def test_the_gradient_of_what_is_chosen_passes_straight_through(weights, gradient):
+    """That of K = sqrt(M) * T, as published, or that of T: by autograd, with that as the leaf."""
     conv = layer(weights)
+    conv.gradient = gradient
     x = torch.randn(3, 12, 5, 5, dtype=torch.float64)
     out_grad = torch.randn(3, 8, 5, 5, dtype=torch.float64)
     conv.train()(x).backward(out_grad)
-    # dL/dK by autograd, with K = sqrt(M) * T as the leaf; dL/dT would be smaller by sqrt(M).
-    signs = conv.signs()
-    kernel = (ternary_scale(signs) * signs).requires_grad_()
-    F.conv2d(x, kernel).backward(out_grad)
-    assert ternary_scale(signs) < 0.7
+    signs, scale = conv.signs(), ternary_scale(conv.signs())
+    assert scale < 0.7  # so that the two differ
+    leaf = (signs if gradient == "signs" else scale * signs).requires_grad_()
+    (F.conv2d(x, leaf) * (scale if gradient == "signs" else 1.0)).backward(out_grad)
     # FP64 sums of 75 products in another order
-    torch.testing.assert_close(conv.weight.grad, kernel.grad, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("weights", ["ternary", "binary"])
-def test_the_gradient_of_the_signs_is_an_option(weights):
-    conv = layer(weights)
-    conv.gradient = "signs"
-    x = torch.randn(3, 12, 5, 5, dtype=torch.float64)
-    out_grad = torch.randn(3, 8, 5, 5, dtype=torch.float64)
-    conv.train()(x).backward(out_grad)
-    signs = conv.signs().requires_grad_()  # dL/dT by autograd, with T as the leaf
-    (F.conv2d(x, signs) * ternary_scale(conv.signs())).backward(out_grad)
-    # FP64 sums of 75 products in another order
-    torch.testing.assert_close(conv.weight.grad, signs.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(conv.weight.grad, leaf.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("prepared", [lambda model: model, accelerate], ids=["plain", "fast"])
-def test_with_kernels_and_without_a_stage_chooses_the_gradient(prepared):
+def test_the_gradient_of_the_signs_is_the_kernels_times_the_scale_with_and_without_kernels(prepared):
     images, out_grad = torch.randn(4, 3, 32, 32), torch.randn(4, 100)
     gradients = {}
     for gradient in GRADIENTS:
@@ -126,21 +115,6 @@ def test_folding_the_scale_into_the_kernel_changes_nothing(weights):
     folded, apart = conv.train()(x), conv.eval()(x)
     # The scale is applied before or after a sum of 12 FP32 terms: a few units in the last place.
     torch.testing.assert_close(folded, apart, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("epoch", "alpha"),
-    [
-        (0, 0.0),
-        (20, 0.0),
-        (210, 190 / 380 * 0.67449),
-        (399, 379 / 380 * 0.67449),
-        (400, 0.67749),
-        (1050, 0.67749),
-    ],
-)
-def test_alpha_climbs_from_epoch_20_to_400_and_stays(epoch, alpha):
-    assert alpha_schedule(epoch) == pytest.approx(alpha, rel=1e-12)
 
 
 def test_alpha_may_rise_in_one_step():

@@ -16,6 +16,7 @@ import browser as chromium
 import numpy as np
 import pytest
 import torch
+from helpers import lived_in
 from PIL import Image
 
 from msunet_core import StudyError, apply_opt_level, build_msunet, load_data, load_network, pack, score
@@ -151,14 +152,7 @@ def test_class_scores_in_the_page_are_pythons_at_o0_on_100_images(scripts):
     ],
 )
 def test_every_kind_of_packed_layer_is_read(scripts, new_network, tmp_path, arguments, pruner, merge):
-    model = new_network(**arguments)
-    with torch.no_grad():  # batch norms that do something
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.momentum = 1.0  # the statistics of one batch, whole
-        model.train()(smooth_images(32).permute(0, 3, 1, 2) / 128 - 1)
+    model = lived_in(new_network(**arguments))
     prune_to_target(model, pruner)
     path = pack(model, tmp_path / "other.safetensors", merge=merge)
     packed, _ = load_network(path, arguments["variant"])

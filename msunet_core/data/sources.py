@@ -103,6 +103,8 @@ def hold_out(data: ImageData, per_class: int) -> ImageData:
     """
     labels = data.train_labels.numpy()
     fewest = np.bincount(labels, minlength=data.num_classes).min()
+    if fewest < 2:
+        raise StudyError("a class has one training image, so none of it can be held out; give more images")
     if not 1 <= per_class < fewest:
         raise StudyError(
             f"hold-out {per_class} of each class is outside 1 .. {fewest - 1}, with {fewest} training images "

@@ -161,7 +161,7 @@ def residual(
 
 @dataclass
 class _Parts:
-    """A block in training, but for its parameters."""
+    """What the kernels must know of a block beside its weights."""
 
     groups: list[int]  # of expand (0 if there is none) and of project
     norms: list[nn.BatchNorm2d | None]
@@ -349,7 +349,7 @@ def _residual_in_eval(expand, norm1, convs, norm2, act2, se, project, norm3, x, 
 
 
 def _in_eval(conv1x1: nn.Module, dtype: torch.dtype) -> TernaryKernel:
-    """With the scale as eval mode has it, a factor of the output."""
+    """The signs, and apart from them the scale, by which eval mode multiplies the output."""
     signs = [conv.signs() for conv in parts_of(conv1x1)]
     scale = torch.stack([ternary_scale(s) for s in signs]).to(dtype)
     return TernaryKernel(torch.stack(signs).flatten(2), scale)

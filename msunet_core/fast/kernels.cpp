@@ -3,7 +3,7 @@
 //
 // All tensors are images in channels-last memory, so the channels of a pixel are consecutive and every kernel
 // works on a vector of them; float or half storage, float arithmetic. Plain functions on raw pointers:
-// nothing of PyTorch is included, fast.py compiles this in seconds and calls it by ctypes.
+// nothing of PyTorch is included, ../compiler.py compiles this in seconds and library.py calls it by ctypes.
 //
 // Sums over the batch are taken in float inside an image, or of some (Chunks) for gradients of weights and products,
 // and in double over these, whichever thread they fall to: any number of threads gives the same bits.
@@ -359,7 +359,7 @@ constexpr long BLOCK = 2 * LANES;      // pixels
 constexpr long OUTPUTS = 4;            // at a time: 8 vectors, enough to hide the latency of an addition
 constexpr long TRIPLES = 128 / LANES;  // at a time: their sums take 27 KB of the first cache
 
-// As fast.py gives it: signs (out, in / groups), scale (out); `in` and `out` of all groups together.
+// As layers.py gives it: signs (out, in / groups), scale (out); `in` and `out` of all groups together.
 struct GivenTernary {
   const float *signs, *scale;
   long groups, in, out;

@@ -368,7 +368,7 @@ def excitation_of(se: nn.Module | None) -> tuple[Tensor, ...]:
 
 
 def excitation_arguments(excitation: tuple[Tensor, ...]) -> tuple:
-    """As the kernels take them, the second weight transposed, and the number of reduced channels."""
+    """Weights as the kernels take them, the second transposed, and the number of reduced channels."""
     if not excitation:
         return None, 0
     reduce, reduce_bias, expand, expand_bias = excitation

@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def call(name: str, *arguments) -> None:
-    """Call ``msunet_<name>`` with tensors, numbers and what has ``pointers`` or is ``given`` to C."""
+    """Call ``msunet_<name>`` with tensors, numbers and what has an ``as_argument`` of its own."""
     given = [_pointer(argument) for argument in arguments]
     getattr(library(), f"msunet_{name}")(*given, torch.get_num_threads())
 

@@ -12,8 +12,6 @@ from .packed_reader import Reader
 from .scoring import FULL_BITS, score
 from .unpack import network_of
 
-# -- the bytes and the score -------------------------------------------------------------------
-
 
 def account(path: str | Path) -> pd.DataFrame:
     """What the score counts and what lies on the disk, layer by layer.

@@ -78,7 +78,7 @@ def evaluate(
 
     Raises
     ------
-    StudyError : no image, or as many labels as images are not given, or scores are not finite
+    StudyError : no image, another number of labels than of images, or scores that are not finite
     """
     labels = torch.as_tensor(labels).long()
     if len(images) == 0 or len(images) != len(labels):

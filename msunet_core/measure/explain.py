@@ -98,7 +98,7 @@ def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFram
 
     Returns
     -------
-    DataFrame indexed by the difference: ``params``, ``flops`` and ``score`` on top (below 0: that go)
+    DataFrame indexed by the difference: ``params``, ``flops``, ``score`` on top (negative: what it takes off)
     """
     subject = apply_opt_level(copy.deepcopy(model), opt_level)
     layers = score(subject, opt_level).layers.set_index("name")

@@ -37,9 +37,6 @@ _ROUNDING = 2.0**-12  # of a value in FP16, in parts of it, typically
 _NEARBY = 64  # FP16 numbers on either side, up to 6 % away
 
 
-# -- writing -----------------------------------------------------------------------------------
-
-
 def pack(
     model: nn.Module,
     path: str | Path,
@@ -80,12 +77,12 @@ def _content_of(
 ) -> bytes:
     if not hasattr(model, "config"):
         raise StudyError(f"{type(model).__name__} is not a network of build_msunet; only those are packed")
-    half = apply_opt_level(copy.deepcopy(model), "O3")
-    values = {name: tensor.detach().cpu() for name, tensor in half.state_dict().items()}
-    for name, tensor in values.items():
+    for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise StudyError(f"{name} holds NaN or Inf; pack another checkpoint")
-    weights = [layer for _, layer in stored_layers(half) if not isinstance(layer, nn.BatchNorm2d)]
+    half = apply_opt_level(copy.deepcopy(model), "O3")  # refuses what is beyond FP16
+    values = {name: tensor.detach().cpu() for name, tensor in half.state_dict().items()}
+    weights = [layer for _, layer in stored_modules(half) if not isinstance(layer, nn.BatchNorm2d)]
     letters = "".join(map(letter_of, weights))
     if merge:
         _merge(model, half, values)
@@ -124,7 +121,7 @@ def _assemble(text: str, streams: dict[str, np.ndarray]) -> bytes:
     return content[: DIGEST_AT.start] + digest_of(content) + content[DIGEST_AT.stop :]
 
 
-def stored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def stored_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All that stores something, in the order of the file."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
@@ -146,7 +143,7 @@ def _merge(model: nn.Module, half: nn.Module, values: dict[str, Tensor]) -> None
     counted.
     """
     before: list[tuple[str, nn.Module]] = []
-    for name, layer in stored_layers(model):
+    for name, layer in stored_modules(model):
         if not isinstance(layer, nn.BatchNorm2d):
             before.append((name, layer))
             continue
@@ -207,7 +204,7 @@ def _streams(half: nn.Module, values: dict[str, Tensor], letters: str, merge: bo
     bits: dict[str, list[Tensor]] = {"mask": [], "sign": []}
     kinds = iter(letters)
     kind = ""
-    for name, layer in stored_layers(half):
+    for name, layer in stored_modules(half):
         if isinstance(layer, nn.BatchNorm2d):
             halves += [values[f"{name}.{part}"].cpu() for part in norm_parts(merge, kind)]
             continue
@@ -248,6 +245,8 @@ def provenance_of(checkpoint: str | Path, info: dict) -> dict:
             kept |= {
                 name: run[name] for name in ("command", "profile", "seed", "wall_seconds") if name in run
             }
-            kept |= {"hardware": run.get("hardware"), "commit": (run.get("git") or {}).get("commit")}
+            git = run.get("git")
+            commit = git.get("commit") if isinstance(git, dict) else None
+            kept |= {"hardware": run.get("hardware"), "commit": commit}
             break
     return kept

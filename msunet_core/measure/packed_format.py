@@ -37,12 +37,12 @@ each stream. N is the number of weights, which are in the order of (out, in, row
 
 That is what the score counts (specification §9; T, B, S and D are its own kinds of layers), but for two
 things: the scale of a batch norm behind a ternary layer, C numbers that the score merges into the one of the
-layer, and the bias of the classifier. :func:`account` puts the difference down byte by byte.
+layer, and the bias of the classifier. :func:`.account.account` puts the difference down byte by byte.
 
 All values are those that O3 computes with, T that of the weights rounded to FP16. So the unmerged network
 gives the class scores of its source at O3 bit for bit. Merging multiplies before it rounds, not after, so a
-merged one gives them to :data:`MERGE_TOLERANCE`. Every variant is packed in FP16, v1 too, whose published
-accuracy is that of O0.
+merged one gives them to :data:`.pack.MERGE_TOLERANCE`. Every variant is packed in FP16, v1 too, whose
+published accuracy is that of O0.
 """
 
 from __future__ import annotations

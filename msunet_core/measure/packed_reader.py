@@ -46,7 +46,7 @@ class Reader:
 
     def __init__(self, path: str | Path):
         self.path = path
-        self.content: bytes | None = None  # once it was looked at
+        self.content: bytes | None = None  # None until the file was read
 
     def refuse(self, fault: str, remedy: str = "use another copy") -> StudyError:
         return StudyError(f"{self.path} {fault}; {remedy}")

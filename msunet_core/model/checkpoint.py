@@ -18,6 +18,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -32,6 +33,7 @@ from .network import build_msunet
 
 FORMAT = "msunet-study-1"
 PREVIOUS = ".previous"
+DAMAGED = ".damaged"
 # No pickle of a published checkpoint, which tells of 150 to 700 tensors, comes near either.
 MAX_PICKLE = 2**20
 MAX_OPCODES = 200_000
@@ -64,10 +66,16 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict) ->
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **info})
-    digest = _digest(text, tensors)
+    digest = digest_of(text, tensors)
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, {"study": text, "digest": digest}))
-        read_checkpoint(temporary)  # its digest is of what is in memory now
+        try:
+            read_checkpoint(temporary)  # its digest is of what is in memory now
+        except StudyError as error:
+            raise StudyError(
+                f"{path} was not written: what was read back is not what was written; check the disk (the "
+                "checkpoint before it is still there)"
+            ) from error
         if path.exists():
             keep_as(path, path.with_name(path.name + PREVIOUS))
 
@@ -93,7 +101,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise StudyError(
             f"{path} is a safetensors file, but not a checkpoint of this study; give one written by it"
         )
-    if metadata.get("digest") != _digest(metadata["study"], tensors):
+    if metadata.get("digest") != digest_of(metadata["study"], tensors):
         raise StudyError(f"{path} was altered or damaged: its digest does not match; use another copy")
     return tensors, _checked_info(path, metadata["study"])
 
@@ -154,8 +162,13 @@ def _is_table(value: object) -> bool:
     )
 
 
-def latest_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict] | None:
+def latest_checkpoint(
+    path: str | Path, say: Callable[[str], None] = print
+) -> tuple[dict[str, Tensor], dict] | None:
     """The newest good checkpoint of a stage: ``path``, else the previous one, else None.
+
+    A damaged ``path`` is renamed to ``<path>.damaged``, or the next save would put it in the place of the
+    good one; ``say`` is given a line about it.
 
     Raises
     ------
@@ -164,22 +177,23 @@ def latest_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict] | None
     path = Path(path)
     faults = []
     for candidate in (path, path.with_name(path.name + PREVIOUS)):
-        if candidate.exists():
-            try:
-                return read_checkpoint(candidate)
-            except StudyError as error:
-                faults.append(str(error))
+        if not candidate.exists():
+            continue
+        try:
+            found = read_checkpoint(candidate)
+        except StudyError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            path.replace(path.with_name(path.name + DAMAGED))
+            say(f"{faults[0]}; it is kept as *{DAMAGED}, and the checkpoint before it is used")
+        return found
     if faults:
         raise StudyError(f"no usable checkpoint: {faults[0]}; remove it to start this stage again")
     return None
 
 
-def load_checkpoint(
-    path: str | Path,
-    variant: str = "v3",
-    *,
-    weights: str | None = None,
-) -> tuple[nn.Module, dict]:
+def load_checkpoint(path: str | Path, variant: str = "v3") -> tuple[nn.Module, dict]:
     """Load a network from a published ``*.pth.tar`` or a checkpoint of the study's own.
 
     Parameters
@@ -187,7 +201,6 @@ def load_checkpoint(
     path : file; a published one is read by torch.load with ``weights_only=True`` and
         ``argparse.Namespace`` as the only further class (specification §10), so nothing in it can run
     variant : "v1", "v2" or "v3", the network the file must hold
-    weights : "ternary", "binary" or "float"; None: what the file says, else "ternary"
 
     Returns
     -------
@@ -210,8 +223,6 @@ def load_checkpoint(
         _refuse_other_network(path, state, config, variant)
         refuse_odd_tensors(path, state)
         config["variant"] = variant
-        if weights is not None:
-            config["weights"] = weights
         with torch.random.fork_rng(devices=[]):  # building draws weights: loading must not move the seed
             model = build_msunet(**config)
         model.load_state_dict(state)
@@ -335,8 +346,8 @@ def _refuse_classes(path: Path, stream: io.BytesIO) -> None:
 def _network_of(state: dict[str, Tensor], info: dict) -> dict:
     """Arguments of build_msunet, but for the variant, that the file tells or shows."""
     classifier = state.get("classifier.bias")
-    shown = len(classifier) if classifier is not None and classifier.ndim == 1 and len(classifier) else 100
-    return {"num_classes": shown, **info.get("network", {})}
+    classes = len(classifier) if classifier is not None and classifier.ndim == 1 and len(classifier) else 100
+    return {"num_classes": classes, **info.get("network", {})}
 
 
 def _refuse_other_network(path: Path, state: dict[str, Tensor], config: dict, variant: str) -> None:
@@ -350,9 +361,9 @@ def _refuse_other_network(path: Path, state: dict[str, Tensor], config: dict, va
         return
     fits = [v for v in VARIANTS if not _differences(found, config, v)]
     remedy = f"it fits {' and '.join(fits)}: give that variant" if fits else "it fits no variant"
-    shown = "; ".join(differing[:3]) or f"the file says {own}"
+    told = "; ".join(differing[:3]) or f"the file says {own}"
     raise StudyError(
-        f"{path} is not an MSUNet-{variant}: {shown}{' ...' if len(differing) > 3 else ''}; {remedy}"
+        f"{path} is not an MSUNet-{variant}: {told}{' ...' if len(differing) > 3 else ''}; {remedy}"
     )
 
 
@@ -389,7 +400,7 @@ def refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
             raise StudyError(f"{path} has negative numbers in {name}; use another checkpoint")
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+def digest_of(text: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -23,16 +23,21 @@ from ..training.interrupt import terminable
 from ..training.records import Progress, shown_progress
 from .grid import Grid
 from .grid_results import keep_results, known_results
-from .grid_runs import Plan, code_of_runs, perform, plan, source_of, versions
+from .grid_runs import Plan, Run, code_of_runs, perform, plan, source_of, versions
 from .profile import Profile
 from .provenance import command
 from .statistics import effect
 
+COMPARED = ("difference", "sd_difference", "low", "high", "p")
 MEASURED = ("top1", "top5", "loss", "params", "flops", "score")
+COLUMNS = (
+    *("choice", "value", "n", "mean", "sd", *COMPARED, "resolved", "pairs"),
+    *("params", "flops", "score", "score_change", "failed"),
+)
 # Digits of the tables: a hundredth of a percent is one of 10,000 images.
 DIGITS = {
-    **dict.fromkeys(("mean", "sd", "difference", "low", "high", "top1", "top5"), 3),
-    **{"loss": 4, "train_loss": 4, "p": 5, "params": 1, "flops": 0, "score": 8},
+    **dict.fromkeys(("mean", "sd", "difference", "sd_difference", "low", "high", "top1", "top5"), 3),
+    **{"score_change": 2, "loss": 4, "train_loss": 4, "p": 5, "params": 1, "flops": 0, "score": 8},
 }
 
 
@@ -42,10 +47,12 @@ class Results:
 
     table : by row: ``choice``, ``value``; ``n`` seeds; top-1 in percent of the test images as ``mean`` and
         ``sd`` over them; the ``difference`` to the first level of its factor, pair by pair, in points, with
-        its 95 % interval ``low`` .. ``high``, ``p``, whether it is ``resolved`` and of how many ``pairs``;
-        ``params``, ``flops`` and ``score``, means over seeds; what ``failed``
+        its ``sd_difference``, 95 % interval ``low`` .. ``high``, ``p``, whether it is ``resolved`` and of how
+        many ``pairs``; ``params``, ``flops`` and ``score``, means over seeds; ``score_change``, in percent of
+        the reference's score; what ``failed``
     seeds : by row and ``seed``: ``top1``, ``top5``, ``loss``, ``params``, ``flops``, ``score``, ``failed``
-    curves : by row and ``epoch`` of training: ``train_loss``, ``top1``, means over seeds
+    curves : by row, ``seed`` and ``epoch`` of training: ``train_loss`` (nats), ``top1`` (percent); rows of a
+        factor that share their training are one, "v2 = v1"
     provenance : how it was made
     """
 
@@ -174,18 +181,26 @@ def tabulate(seeds: pd.DataFrame) -> pd.DataFrame:
     """The table of :class:`Results` from its rows by seed; the first level of a factor is its reference."""
     rows, references = [], {}
     for (choice, value), row in seeds.groupby(["choice", "value"], sort=False):
-        top1 = row.set_index("seed")["top1"].dropna()
-        reference = references.setdefault(choice, top1)
-        both = top1.index.intersection(reference.index)
+        tested = row.set_index("seed").dropna(subset="top1")
+        reference = references.setdefault(choice, tested)
+        top1, cost = tested["top1"], {name: tested[name].mean() for name in ("params", "flops", "score")}
         line = {"choice": choice, "value": value, "n": len(top1), "mean": top1.mean(), "sd": top1.std()}
-        compared = dict.fromkeys(("difference", "low", "high", "p", "resolved")) | {"pairs": 0}
-        if reference is not top1 and len(both):
-            found = effect(top1[both], reference[both])
-            compared = {name: getattr(found, name) for name in compared}
-        cost = {name: row[name].mean() for name in ("params", "flops", "score")}
-        rows.append({**line, **compared, **cost, "failed": _failures(row)})
-    kinds = {**dict.fromkeys(("difference", "low", "high", "p"), float), "resolved": "boolean", "failed": str}
-    return pd.DataFrame(rows).astype(kinds).round(DIGITS)
+        rows.append({**line, **_compared(tested, reference), **cost, "failed": _failures(row)})
+    kinds = {**dict.fromkeys((*COMPARED, "score_change"), float), "resolved": "boolean", "failed": str}
+    return pd.DataFrame(rows, columns=COLUMNS).astype(kinds).round(DIGITS)
+
+
+def _compared(row: pd.DataFrame, reference: pd.DataFrame) -> dict:
+    """A row, by seed, against the first level of its factor; empty where it is that or shares no seed."""
+    both = row.index.intersection(reference.index)
+    if row is reference or both.empty:
+        return {"pairs": 0}
+    found = effect(row["top1"][both], reference["top1"][both])
+    change = 100 * (row["score"][both] / reference["score"][both] - 1).mean()
+    return {
+        **{"difference": found.difference, "sd_difference": found.sd, "low": found.low, "high": found.high},
+        **{"p": found.p, "resolved": found.resolved, "pairs": found.pairs, "score_change": change},
+    }
 
 
 def _failures(row: pd.DataFrame) -> str | None:
@@ -197,23 +212,22 @@ def _failures(row: pd.DataFrame) -> str | None:
 
 
 def _curves(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
-    """Of every training in which a row differs from the others of its factor, or that all of them share."""
-    rows, known = [], set()
+    """Every training of each factor once, under the names of all its rows that share it."""
+    shown: dict[tuple[str, Path], tuple[list[str], list[Run]]] = {}
     for place, row in enumerate(grid.rows):
         runs = [todo.ends[place, seed] for seed in grid.seeds]
         trainings = [run.start or run for run in runs]
-        if (row.choice, trainings[0].folder) in known:
-            continue
-        known.add((row.choice, trainings[0].folder))
-        curves = [pd.DataFrame(results[run.folder].get("curve", [])) for run in trainings]
-        curves = pd.concat([curve.astype(float) for curve in curves if len(curve)] or [pd.DataFrame()])
-        if len(curves):
-            mean = curves.groupby("epoch", as_index=False).mean().astype({"epoch": int})
-            mean.insert(0, "choice", row.choice)
-            mean.insert(1, "value", row.value)
-            rows.append(mean)
-    columns = ["choice", "value", "epoch", "train_loss", "top1"]
-    return pd.concat(rows or [pd.DataFrame(columns=columns)], ignore_index=True).round(DIGITS)
+        names, _ = shown.setdefault((row.choice, trainings[0].folder), ([], trainings))
+        names.append(row.value)
+    columns = ["choice", "value", "seed", "epoch", "train_loss", "top1"]
+    lines = [
+        {"choice": choice, "value": " = ".join(names), "seed": seed, **line}
+        for (choice, _), (names, trainings) in shown.items()
+        for seed, run in zip(grid.seeds, trainings, strict=True)
+        for line in results[run.folder].get("curve", [])
+    ]
+    kinds = {"seed": int, "epoch": int, "train_loss": float, "top1": float}
+    return pd.DataFrame(lines, columns=columns).astype(kinds).round(DIGITS)
 
 
 def _provenance(path, profile, grid, todo, results, began, ran) -> dict:

@@ -38,13 +38,15 @@ from .profile import load_profile
 from .published import FIRST_LOSSES, against_published
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
+# Of short trainings: they can agree with a claim on long ones, and neither reproduce nor refute it.
+AGREES, DISAGREES = "agrees at this budget", "disagrees at this budget"
 
 # A choice: how far two seeds of the recipe lie apart in an epoch's training loss has not been measured.
 RECORD_TOLERANCE = 0.04
 # A count that only depends on where random weights put their zeros: one part in 200.
 COUNT_TOLERANCE = 0.005
 SEEDS = 5
-NOTHING = pd.DataFrame(columns=["choice", "value", "low", "high"])  # no table of ablations
+NOTHING = pd.DataFrame(columns=["choice", "value", "pairs"])  # no table of ablations
 EVIDENCE = "evidence"  # the profile of the committed ablations; others are trials of whoever ran them
 
 
@@ -56,7 +58,8 @@ class Claim:
     ran : what was run or counted to test it
     n : of how many images, seeds or epochs; "" where a count has no spread
     result : with its 95 % interval or range; "" without evidence
-    verdict : "reproduced", "not reproduced" or "not testable here"
+    verdict : "reproduced", "not reproduced" or "not testable here"; "agrees at this budget" or "disagrees at
+        this budget" where only short trainings speak
     reason : why, in a sentence
     page : name of the page that tells more
     about : pattern of the heading on that page that speaks of it
@@ -253,14 +256,14 @@ def ablation_claims(folder: Path) -> Iterator[Claim]:
     """What the committed ablations in ``folder`` say to the published statements on techniques."""
     found = read_results(folder, EVIDENCE) if (folder / f"{EVIDENCE}.csv").is_file() else None
     verdicts = {
-        True: (REPRODUCED, "The whole interval agrees."),
-        False: (NOT_REPRODUCED, "The whole interval is against it."),
-        None: (NOT_TESTABLE, "The interval holds both answers: these runs do not resolve it."),
+        True: (AGREES, "The whole interval agrees"),
+        False: (DISAGREES, "The whole interval is against it"),
+        None: (NOT_TESTABLE, "The interval holds both answers, or there are too few seeds for one"),
     }
     for statement, row, first, holds in judged(found.table if found else NOTHING):
         published = statement.text.rstrip(".")
         if row is None:
-            why = "No paired ablation with several seeds is among the evidence; single runs do not answer it."
+            why = "No ablation with several seeds is among the evidence; single runs do not answer it."
             yield Claim(published, "nothing", "", "", NOT_TESTABLE, why, "06_ablations", statement.choice)
             continue
         budget, (verdict, reason) = found.provenance["budget"], verdicts[holds]
@@ -269,9 +272,10 @@ def ablation_claims(folder: Path) -> Iterator[Claim]:
             f"{statement.value} against {first}: networks of width {budget['width']:g}, "
             f"{budget['training_images']:,} images, {budget['epochs']} epochs",
             f"{row['pairs']} pairs of seeds",
-            f"{row['difference']:+.2f} points ({row['low']:+.2f} to {row['high']:+.2f})",
+            f"{row['difference']:+.2f} points"
+            + (f" ({row['low']:+.2f} to {row['high']:+.2f})" if pd.notna(row["low"]) else ""),
             verdict,
-            f"{reason} It holds for this budget.",
+            f"{reason}. Read as: {statement.criterion}. Published with: {statement.published}.",
             "06_ablations",
             statement.choice,
         )

@@ -73,20 +73,19 @@ def saved_state(
             f"({difference(first, identity)}); give all the same data, network and seed"
         )
     # The first process reads for all: the others may have no such folder.
-    found = processes.tell(latest_checkpoint(path) if processes.writes else None)
+    found = processes.tell(latest_checkpoint(path, records.say) if processes.writes else None)
     if found is None:
         return None
     _, info = found
-    # What trained before code was recorded is taken for the code of now.
+    # A checkpoint without a record of its code is taken to come from the present code.
     theirs = {"code": identity["code"], **info.get("identity", {})}
     theirs = {key: theirs.get(key) for key in identity}
     if theirs != identity:
         fault = f"{path.parent} holds another run ({difference(theirs, identity)})"
         remedy = "give another folder or RUN, or rename this one"
     elif info.get("epoch", 0) + (info.get("step", 0) > 0) > epochs:
-        fault = (
-            f"{path.parent} holds {info['epoch']} epochs and {info['step']} steps, more than epochs {epochs}"
-        )
+        held = f"{info['epoch']} epochs and {info.get('step', 0)} steps"
+        fault = f"{path.parent} holds {held}, more than epochs {epochs}"
         remedy = "raise epochs or give another folder or RUN"
     else:
         return found

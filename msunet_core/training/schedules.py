@@ -45,5 +45,5 @@ def alpha_of_epoch(config: StageConfig, epoch: int) -> float:
 
 
 def image_size_of_epoch(config: StageConfig, epoch: int) -> int:
-    """Side in pixels of an epoch's training images (progressive resizing; 32 is all of them)."""
+    """Side in pixels of an epoch's training images (progressive resizing; 32: not shrunk)."""
     return config.image_sizes[epoch] if epoch < len(config.image_sizes) else IMAGE_SIZE

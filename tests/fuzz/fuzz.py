@@ -64,7 +64,7 @@ def own_parts(content: bytes) -> list[bytes]:
 def own_file(text: bytes, tensors: bytes, data: bytes) -> bytes:
     import safetensors.torch
 
-    from msunet_core.model.checkpoint import _digest
+    from msunet_core.model.checkpoint import digest_of
 
     said = text.decode(errors="replace")
 
@@ -74,7 +74,7 @@ def own_file(text: bytes, tensors: bytes, data: bytes) -> bytes:
         return len(header).to_bytes(8, "little") + header + data
 
     try:
-        return whole(_digest(said, safetensors.torch.load(whole(""))))
+        return whole(digest_of(said, safetensors.torch.load(whole(""))))
     except Exception:  # no tensors, no digest of them
         return whole("")
 
