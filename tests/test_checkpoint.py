@@ -473,7 +473,6 @@ def test_every_flipped_bit_of_an_own_checkpoint_is_found(own):
     [
         {"network": 3},
         {"network": {"variant": "v9"}},
-        {"network": {"width": "wide"}},
         {"network": {"width": float("nan")}},
         {"network": {"num_classes": -1}},
         {"network": {"colour": "red"}},

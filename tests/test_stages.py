@@ -340,17 +340,21 @@ def test_random_erasing_of_the_recipe_reaches_the_images(images, new_network, re
     assert losses[0] != losses[1]
 
 
-def test_level_o0_multiplies_no_tf32_and_sets_it_back(images, new_network, recipe, tmp_path, monkeypatch):
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    for flag in flags:
-        monkeypatch.setattr(flag, "allow_tf32", True)
-    seen = []
-    train(
-        *(new_network(), images, recipe(epochs=1), tmp_path),
-        progress=lambda *_: seen.extend(flag.allow_tf32 for flag in flags),
-    )
+def test_level_o0_multiplies_no_tf32_and_sets_it_back(images, new_network, recipe, tmp_path):
+    flags, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        train(
+            *(new_network(), images, recipe(epochs=1), tmp_path),
+            progress=lambda *_: seen.extend(flag.allow_tf32 for flag in flags),
+        )
+        assert all(flag.allow_tf32 for flag in flags)
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
     assert seen and not any(seen)
-    assert all(flag.allow_tf32 for flag in flags)
 
 
 def test_the_last_incomplete_batch_is_dropped(images, new_network, recipe, tmp_path):
