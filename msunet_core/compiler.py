@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -12,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from .errors import one_line, reason
+
 # For this processor only, so wide vectors where it has them.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-w", "-c")
 COMPILE_SECONDS = 120
@@ -19,9 +22,43 @@ COMPILE_SECONDS = 120
 log = logging.getLogger(__name__)
 
 
+def load(
+    source: Path,
+    signatures: dict[str, tuple[list, object]],
+    *flags: str,
+    otherwise: str,
+    link: tuple[str, ...] = (),
+    version: str = "",
+) -> ctypes.CDLL | None:
+    """The compiled functions of a source, or None where they cannot be had, which is warned of.
+
+    Parameters
+    ----------
+    signatures : by name of a C function, the types of its arguments and of its result
+    otherwise : what is done without them, for the warning
+    source, flags, link, version : as of :func:`compiled`
+    """
+    try:
+        loaded = ctypes.CDLL(str(compiled(source, *flags, link=link, version=version)))
+        for name, (arguments, result) in signatures.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, result
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines() or [str(error)]
+        log.warning("%s: the compiler failed: %s", otherwise, one_line(lines[0]))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("%s: %s", otherwise, reason(error))
+    else:
+        return loaded
+    return None
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msunet"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msunet"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder; set XDG_CACHE_HOME") from error
 
 
 def compiled(source: Path, *flags: str, link: tuple[str, ...] = (), version: str = "") -> Path:

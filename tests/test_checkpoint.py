@@ -20,13 +20,8 @@ import torch
 from helpers import forge
 
 from msunet_core import StudyError, build_msunet, load_checkpoint
-from msunet_core.model.checkpoint import (
-    MAX_BYTES,
-    PREVIOUS,
-    latest_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from msunet_core.model.architecture import MAX_BYTES, MAX_WIDTH
+from msunet_core.model.checkpoint import PREVIOUS, latest_checkpoint, read_checkpoint, save_checkpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -445,6 +440,13 @@ def test_layouts_and_types_survive_saving(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
+def test_the_widest_network_with_its_momentum_fits_into_a_checkpoint():
+    with torch.device("meta"):
+        network = build_msunet("v1", width=MAX_WIDTH, num_classes=1000)
+    values = sum(2 * p.numel() for p in network.parameters()) + sum(b.numel() for b in network.buffers())
+    assert 4 * values < 0.9 * MAX_BYTES  # of FP32
+
+
 def test_there_is_no_pickle_in_an_own_checkpoint(own):
     path, _ = own
     content = path.read_bytes()
@@ -473,6 +475,7 @@ def test_every_flipped_bit_of_an_own_checkpoint_is_found(own):
     [
         {"network": 3},
         {"network": {"variant": "v9"}},
+        {"network": {"width": "wide"}},
         {"network": {"width": float("nan")}},
         {"network": {"num_classes": -1}},
         {"network": {"colour": "red"}},

@@ -632,7 +632,7 @@ def test_one_value_a_channel_is_refused_as_pytorch_does():
         norm_act(nn.BatchNorm2d(4), None, pixels(1, 4, 1, 1))
 
 
-def run_in_new_process(**environment: str) -> str:
+def run_in_new_process(**environment: str) -> tuple[str, str]:
     code = (
         "import torch; from msunet_core import build_msunet;"
         "from msunet_core.fast import accelerate, library;"
@@ -644,29 +644,46 @@ def run_in_new_process(**environment: str) -> str:
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout.strip()
+    return done.stdout.strip(), done.stderr.strip()
 
 
-def test_without_a_compiler_the_study_still_runs(tmp_path):
+def test_without_a_compiler_the_study_still_runs_and_says_why_it_is_slow(tmp_path):
     alone = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
-    assert run_in_new_process(**alone) == "False torch.Size([2, 100])"
+    shown, warned = run_in_new_process(**alone)
+    assert shown == "False torch.Size([2, 100])"
+    assert warned == ("no fast CPU kernels, PyTorch's own are used: no C++ compiler (c++ or g++) was found")
 
 
-@pytest.mark.parametrize("fault", ["switched off", "failing", "no cache"])
-def test_without_kernels_the_plain_form_runs(fault, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("switched off", ""),
+        ("failing", "the compiler failed: it is out of order"),
+        ("no cache", "File exists"),
+        ("no home", "this user has no home folder; set XDG_CACHE_HOME"),
+    ],
+)
+def test_without_kernels_the_plain_form_runs_and_says_why(fault, told, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if fault == "switched off":
         monkeypatch.setenv("MSUNET_FAST", "0")
     elif fault == "failing":
-        (tmp_path / "c++").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "c++").write_text("#!/bin/sh\necho it is out of order >&2\nexit 1\n")
         (tmp_path / "c++").chmod(0o755)
         monkeypatch.setenv("CXX", str(tmp_path / "c++"))
-    else:
+    elif fault == "no cache":
         (tmp_path / "msunet").write_text("a file where the folder should be")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
     library.library.cache_clear()
     try:
         assert not library.enabled()
         assert "NormAct" not in norm_act(new_norm(4), None, pixels(2, 4, 3, 3)).grad_fn.name()
     finally:
         library.library.cache_clear()
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")

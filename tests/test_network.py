@@ -134,6 +134,7 @@ def test_resolution_halves_twice():
         ({"variant": "v4"}, "'v4'"),
         ({"weights": "ternery"}, "did you mean 'ternary'"),
         ({"width": 0.0}, "0.0"),
+        ({"width": 4.01}, "4.01"),
         ({"width": math.nan}, "nan"),
         ({"alpha": -1.0}, "-1.0"),
         ({"num_classes": 0}, "num_classes 0"),

@@ -351,9 +351,9 @@ def network_with(**arguments):
         (lambda about, streams: about.update(merged=False), "as the scale of blocks.0.0.conv_pw"),
         (network_with(variant="v4"), "variant 'v4' is unknown"),
         (network_with(variant="v1"), "has a mask of"),
-        (network_with(width=8.0), "has a mask of"),
+        (network_with(width=4.0), "has a mask of"),
         (network_with(width=10**9), "is outside"),
-        (network_with(width="wide"), "is refused"),
+        (network_with(width="wide"), "width 'wide' is outside"),
         (network_with(num_classes=10**11), "has a stream half that ends too early"),
         (network_with(num_classes=2**62), "has a stream half that ends too early"),
         (network_with(num_classes=3), "that is longer than its network"),
@@ -432,6 +432,9 @@ def test_what_cannot_be_packed_is_refused_and_the_old_file_stays(new_network, pa
     with torch.no_grad():
         model.bn1.weight[0] = float("nan")
     assert "bn1.weight holds NaN or Inf" in fault(model)
+    with torch.no_grad():
+        model.conv_head.weight[0, 0] = float("inf")
+    assert "holds NaN or Inf" in fault(model, merge=False)
     assert "is at O2 already" in fault(apply_opt_level(new_network(), "O2"))
 
 

@@ -182,6 +182,13 @@ def test_a_ternary_weight_beyond_fp16_keeps_its_signs(network, images):
     assert (half(images) - plain).abs().max() < plain.std()
 
 
+def test_a_ternary_weight_that_is_not_finite_stays_so(network):
+    """It is for who trains, tests or packs to name it."""
+    with torch.no_grad():
+        network.conv_head.weight[0, 0] = float("inf")
+    assert not apply_opt_level(network, "O3").conv_head.weight.isfinite().all()
+
+
 def test_any_other_value_beyond_fp16_is_refused_by_name(network):
     with torch.no_grad():
         network.conv_stem.weight[0, 0, 0, 0] = 1e6

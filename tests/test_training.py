@@ -25,7 +25,7 @@ def plan_for(images, batch_size=8, epoch=0, **choices):
 def take_steps(learner, images, plan):
     """Train on each step of a plan; returns the losses."""
     return [
-        learner.step(images.train_images, images.train_labels, plan.step(i)).item() for i in range(plan.steps)
+        learner.step(images.train_images, images.train_labels, plan.step(i)).item() for i in range(len(plan))
     ]
 
 

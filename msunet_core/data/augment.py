@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import StudyError
-from .images import IMAGE_SIZE, standardise
+from .images import IMAGE_SIZE, normalise, standardise
 
 PADDING = 4  # pixels of value 0 on each side before the crop, specification §4
 JITTER = 0.4  # brightness, contrast and saturation factors lie in [1 - JITTER, 1 + JITTER], specification §4
@@ -106,12 +106,8 @@ class EpochPlan:
     use_cutmix: Tensor
     augment: bool
 
-    @property
-    def steps(self) -> int:
-        return self.order.shape[0]
-
     def __len__(self) -> int:
-        return self.steps
+        return len(self.order)
 
     def step(self, index: int) -> StepPlan:
         """The choices of one step, as views."""
@@ -145,7 +141,6 @@ def draw_epoch_plan(
     cutmix_probability: float = CUTMIX_PROBABILITY,
     erase_probability: float = ERASE_PROBABILITY,
     augment: bool = True,
-    image_size: int = IMAGE_SIZE,
 ) -> EpochPlan:
     """Draw all choices of one epoch at once.
 
@@ -156,7 +151,6 @@ def draw_epoch_plan(
     cutmix_probability : per step, in [0, 1]
     erase_probability : per image, in [0, 1]
     augment : False draws the same order and the same CutMix, with crop, flip, jitter and erasing the identity
-    image_size : side of the images in pixels
 
     Raises
     ------
@@ -177,7 +171,7 @@ def draw_epoch_plan(
     order = torch.randperm(num_images, generator=draw)[: steps * batch_size].view(batch)
     partner = torch.rand(batch, generator=draw, dtype=torch.float64).argsort(dim=1, stable=True)
     use_cutmix = torch.rand(steps, generator=draw) < cutmix_probability
-    box, lam = draw_boxes(steps, image_size, draw)
+    box, lam = draw_boxes(steps, IMAGE_SIZE, draw)
 
     dy = dx = torch.full(batch, PADDING)
     flip = torch.zeros(batch, dtype=torch.bool)
@@ -190,7 +184,7 @@ def draw_epoch_plan(
         flip = torch.rand(batch, generator=draw) < 0.5
         factors = 1 + JITTER * (2 * torch.rand(*batch, 3, generator=draw) - 1)
         jitter_order = torch.randint(0, len(JITTER_ORDERS), batch, generator=draw)
-        erase = draw_erasing(batch, image_size, erase_probability, draw)
+        erase = draw_erasing(batch, IMAGE_SIZE, erase_probability, draw)
     return EpochPlan(
         order=order,
         dy=dy,
@@ -269,9 +263,8 @@ def augment(images: Tensor, plan: StepPlan) -> Tensor:
     :func:`msunet_core.data.images.normalise`.
     Nothing in here waits for the device, so it can be part of a CUDA graph.
     """
-    planes = images.permute(0, 3, 1, 2)
     if not plan.augment:
-        return standardise(planes.float().div_(255))
+        return normalise(images)
     planes = crop_and_flip(images, plan.dy, plan.dx, plan.flip)
     return erase(standardise(jitter(planes.float().div_(255), plan.blend)), plan.erase)
 

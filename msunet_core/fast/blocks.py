@@ -266,13 +266,17 @@ class _Expansion:
     of u (scale * g)^T. The rest is linear in u.
     """
 
-    @one_thread()
     def __init__(self, kernel: Tensor, groups: int, norm: nn.BatchNorm2d, u: Tensor):
         self.ternary = TernaryKernel.folded(kernel, groups)
+        groups = len(self.ternary.signs)
+        products, sums = _products(u, groups)
+        with one_thread():
+            self._take_moments(products, sums, norm, u)
+
+    def _take_moments(self, products: Tensor, sums: Tensor, norm: nn.BatchNorm2d, u: Tensor) -> None:
         groups, _, inputs = self.ternary.signs.shape
         values = u.numel() // u.shape[1]
         weights = self.ternary.weights().double()
-        products, sums = _products(u, groups)
         largest = (weights.square() * products.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
         covariances = weights @ _centred(products, sums, values)  # of Eu and u, times values
         squares = (covariances * weights).sum(2)
@@ -293,7 +297,6 @@ class _Expansion:
         outer = torch.empty(groups, inputs, outputs) if is_trained else None
         return self.ternary, self.ternary.transposed(), self.affine, du, sums, outer
 
-    @one_thread()
     def gradients(
         self, u: Tensor, arguments: tuple, skip: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -305,9 +308,10 @@ class _Expansion:
         _, _, mean, _, slope, constant = (
             row[: groups * outputs].view(groups, outputs, 1) for row in self.affine
         )
-        weights = self.ternary.weights()
-        transposed = weights.transpose(1, 2)
-        through_mean, offset = transposed @ (slope * weights), transposed @ (constant - slope * mean)
+        with one_thread():
+            weights = self.ternary.weights()
+            transposed = weights.transpose(1, 2)
+            through_mean, offset = transposed @ (slope * weights), transposed @ (constant - slope * mean)
         dx = torch.empty_like(u)
         call(
             *("complete", is_half(u), u, du, skip, dx, du.numel() // du.shape[3], groups, inputs),
@@ -316,8 +320,9 @@ class _Expansion:
         dexpand = None
         if outer is not None:
             totals = self.mean[:, None].float() * (u.numel() // u.shape[1])
-            dexpand = torch.baddbmm(outer.transpose(1, 2), constant, totals)
-            dexpand = dexpand.addcmul_(slope, self.covariances).reshape(-1, inputs, 1, 1).to(u.dtype)
+            with one_thread():
+                dexpand = torch.baddbmm(outer.transpose(1, 2), constant, totals)
+                dexpand = dexpand.addcmul_(slope, self.covariances).reshape(-1, inputs, 1, 1).to(u.dtype)
         return dx, dexpand, dweight, dbias
 
 

@@ -10,14 +10,13 @@ import ctypes
 import functools
 import logging
 import os
-import subprocess
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..compiler import compiled
+from ..compiler import load
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 
@@ -50,20 +49,18 @@ def enabled() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had, for a reason that is logged once."""
-    try:
-        if not torch.backends.openmp.is_available():
-            raise OSError("they need OpenMP, which this PyTorch does without")
-        # Nothing links OpenMP's library: its functions are found in the copy that PyTorch has loaded, so that
-        # both use the same threads.
-        loaded = ctypes.CDLL(str(compiled(SOURCE, "-fopenmp", version=torch.__version__)))
-        for name, signature in SIGNATURES.items():
-            function = getattr(loaded, f"msunet_{name}")
-            function.argtypes, function.restype = [C_TYPES[letter] for letter in signature + "i"], None
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.info("no fast CPU kernels, PyTorch's own are used: %s", str(error).splitlines()[0])
+    """The compiled kernels; None where they cannot be had, which is warned of once."""
+    otherwise = "no fast CPU kernels, PyTorch's own are used"
+    if not torch.backends.openmp.is_available():
+        log.warning("%s: they need OpenMP, which this PyTorch does without", otherwise)
         return None
-    return loaded
+    signatures = {
+        f"msunet_{name}": ([C_TYPES[letter] for letter in signature + "i"], None)
+        for name, signature in SIGNATURES.items()
+    }
+    # Nothing links OpenMP's library: its functions are found in the copy that PyTorch has loaded, so that
+    # both use the same threads.
+    return load(SOURCE, signatures, "-fopenmp", otherwise=otherwise, version=torch.__version__)
 
 
 def call(name: str, *arguments) -> None:

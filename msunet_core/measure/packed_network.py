@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
-import subprocess
 from collections.abc import Iterator
 from ctypes import POINTER, c_float, c_int, c_long, c_ubyte, c_void_p
 from pathlib import Path
 
 import numpy as np
 
-from ..compiler import compiled
+from ..compiler import load
 from ..data.normalisation import IMAGE_SIZE, MEAN, STD
-from ..errors import StudyError, reason
+from ..errors import StudyError
 from ..model.architecture import VARIANTS, Block, scaled, split_channels
 from .packed_reader import Reader, Stored, scale_of
 
@@ -39,23 +37,16 @@ C_TYPES = {
 }
 RESULTS = {"new": c_void_p, "free": None, "bytes": c_long}
 
-log = logging.getLogger(__name__)
-
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled ``packed.cpp``; None where it cannot be had, for a reason that is logged once."""
-    try:
-        # The C++ library goes in, so that none has to be found where this runs.
-        loaded = ctypes.CDLL(str(compiled(SOURCE, "-pthread", link=("-pthread",))))
-        for name, signature in SIGNATURES.items():
-            function = getattr(loaded, f"msunet_packed_{name}")
-            function.argtypes = [C_TYPES[letter] for letter in signature]
-            function.restype = RESULTS.get(name, c_int)
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.info("the packed network runs in PyTorch: %s", reason(error))
-        return None
-    return loaded
+    """The compiled ``packed.cpp``; None where it cannot be had, which is warned of once."""
+    signatures = {
+        f"msunet_packed_{name}": ([C_TYPES[letter] for letter in signature], RESULTS.get(name, c_int))
+        for name, signature in SIGNATURES.items()
+    }
+    otherwise = "the packed network runs in PyTorch"
+    return load(SOURCE, signatures, "-pthread", link=("-pthread",), otherwise=otherwise)
 
 
 class PackedNetwork:

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..errors import StudyError
+from ..errors import StudyError, reason
 from ..model.network import SqueezeExcite
 from ..model.precision import apply_opt_level
 from ..model.ternary import GivenTernaryConv2d, TernaryConv2d
@@ -313,8 +313,9 @@ def score(model: nn.Module, opt_level: str = "O0", input_size: tuple[int, int, i
     try:
         subject(image)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"an image of input_size {input_size!r} does not fit the model: {reason}") from error
+        raise StudyError(
+            f"an image of input_size {input_size!r} does not fit the model: {reason(error)}"
+        ) from error
     layers = counter.table()
     return Score(*(float(layers[m].sum()) for m in ("params", "mults", "adds")), opt_level, layers)
 

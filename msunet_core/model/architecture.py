@@ -14,7 +14,9 @@ from ..errors import StudyError, closest
 STEM_CHANNELS = 64
 HEAD_CHANNELS = 256
 WEIGHTS = ("ternary", "binary", "float")
-# No MSUNet checkpoint with optimizer state comes near this; a larger file is an attack or an accident.
+# No checkpoint with optimizer state of a network up to that width is larger; one that is, is an attack or an
+# accident.
+MAX_WIDTH = 4
 MAX_BYTES = 256 * 2**20
 
 
@@ -60,15 +62,19 @@ def scaled(channels: int, width: float) -> int:
     return max(4, 4 * round(channels * width / 4))
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def check(variant: str, weights: str, alpha: float, num_classes: int, width: float) -> None:
     """Refuse what is no network, as :func:`~msunet_core.model.network.build_msunet` tells of it."""
     if variant not in VARIANTS:
         raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
     if weights not in WEIGHTS:
         raise StudyError(f"weights {weights!r} is unknown; {closest(weights, WEIGHTS)}")
-    if not (math.isfinite(width) and 0 < width <= 8):
-        raise StudyError(f"width {width!r} is outside (0, 8]; 1.0 is the published network")
-    if not (math.isfinite(alpha) and alpha >= 0):
+    if not (_is_number(width) and 0 < width <= MAX_WIDTH):
+        raise StudyError(f"width {width!r} is outside (0, {MAX_WIDTH}]; 1.0 is the published network")
+    if not (_is_number(alpha) and alpha >= 0):
         raise StudyError(f"alpha {alpha!r} is not a number >= 0; give the published 0.67749")
     if not (isinstance(num_classes, int) and num_classes >= 1):
         raise StudyError(f"num_classes {num_classes!r} is not a whole number >= 1; CIFAR-100 has 100")

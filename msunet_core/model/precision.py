@@ -162,13 +162,20 @@ def _halve(model: nn.Module, *, batch_norm: bool) -> None:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             values = parameter.data
-            if isinstance(module, TernaryConv2d) and values.abs().amax() > HALF_MAX:
-                # T does not change with the size of W, and a power of two changes no bit of its digits.
-                values = values * 2.0 ** -math.ceil(math.log2(values.abs().amax().item() / HALF_MAX))
+            if isinstance(module, TernaryConv2d):
+                values = _into_half_range(values)
             parameter.data = _half(values, f"{path}.{name}")
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 setattr(module, name, _half(buffer, f"{path}.{name}"))
+
+
+def _into_half_range(weights: Tensor) -> Tensor:
+    """Ternary weights times a power of two that keeps all digits: T does not change with the size of W."""
+    largest = weights.abs().amax().item()
+    if not HALF_MAX < largest < math.inf:
+        return weights
+    return weights * 2.0 ** -math.ceil(math.log2(largest / HALF_MAX))
 
 
 def _half(values: Tensor, name: str) -> Tensor:

@@ -71,29 +71,27 @@ class Pruner:
             raise StudyError(f"pruner {pruner!r} is unknown; {closest(pruner, PRUNERS)}")
         self.ramp_epochs = ramp_epochs
         self.weights: dict[str, Tensor] = {}
-        self.target: dict[str, float] = {}
         self.group: dict[str, str] = {}
         self.targets = {group: GROUPS[group][1] for group in PRUNERS[pruner]}
         if "se" in self.targets:
             self.targets["se"] = se_sparsity
-        for group, target in self.targets.items():
+        for group in self.targets:
             for name, weight in weights.items():
                 if re.fullmatch(GROUPS[group][0], name):
-                    self.weights[name], self.target[name], self.group[name] = weight, target, group
+                    self.weights[name], self.group[name] = weight, group
         self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
 
     def update(self, epoch: int) -> None:
         """Choose the masks of an epoch from the magnitudes the weights have now."""
         for name, weight in self.weights.items():
-            sparsity = cubic_sparsity(epoch, self.target[name], self.ramp_epochs)
+            sparsity = cubic_sparsity(epoch, self.targets[self.group[name]], self.ramp_epochs)
             self.masks[name].copy_(smallest_mask(weight, sparsity))
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set every pruned weight to exactly 0."""
-        if self.masks:
-            for name, weight in self.weights.items():
-                weight.masked_fill_(~self.masks[name], 0.0)
+        for name, weight in self.weights.items():
+            weight.masked_fill_(~self.masks[name], 0.0)
 
     def sparsity(self) -> dict[str, float]:
         """Share of exact zeros per tensor, counted on the weights themselves."""

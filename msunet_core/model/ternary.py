@@ -68,7 +68,7 @@ def ternary_scale(signs: Tensor) -> Tensor:
 
 
 class TernaryConv2d(nn.Conv2d):
-    """A bias-free convolution that computes sqrt(M) * conv(x, T).
+    """A bias-free 1x1 convolution that computes sqrt(M) * conv(x, T).
 
     In training the scale is folded into the kernel (one pass over the small tensor); in eval
     mode it multiplies the output, as the score counts it.
@@ -78,10 +78,8 @@ class TernaryConv2d(nn.Conv2d):
 
     gradient = "kernel"
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 1, *, weights: str, alpha: float
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, *, weights: str, alpha: float):
+        super().__init__(in_channels, out_channels, 1, bias=False)
         if weights not in WEIGHTS[:2]:
             raise StudyError(f"weights {weights!r} is not one of {', '.join(WEIGHTS[:2])}")
         self.weights = weights
@@ -116,8 +114,7 @@ class GivenTernaryConv2d(TernaryConv2d):
     """A ternary convolution that was given its T: ``weight`` holds T itself and no threshold is asked."""
 
     def __init__(self, layer: TernaryConv2d, signs: Tensor):
-        sizes = layer.in_channels, layer.out_channels, layer.kernel_size[0]
-        super().__init__(*sizes, weights=layer.weights, alpha=layer.alpha)
+        super().__init__(layer.in_channels, layer.out_channels, weights=layer.weights, alpha=layer.alpha)
         self.weight = nn.Parameter(signs, requires_grad=False)
 
     def signs(self) -> Tensor:

@@ -204,11 +204,15 @@ class Learner:
         return F.cross_entropy(self.scores(inputs), targets, label_smoothing=smoothing)
 
     def scores(self, inputs: Tensor) -> Tensor:
-        """Class scores of images (B, 3, 32, 32), shrunk to this epoch's size by the mean of their pixels."""
-        if self.image_size != inputs.shape[-1]:
-            inputs = F.interpolate(inputs, size=(self.image_size, self.image_size), mode="area")
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return self.network(inputs)
+        """Class scores of images (B, 3, 32, 32), at this epoch's size."""
+        return self.network(self.resized(inputs))
+
+    def resized(self, inputs: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) shrunk to this epoch's size by the mean of their pixels."""
+        if self.image_size == inputs.shape[-1]:
+            return inputs
+        inputs = F.interpolate(inputs, size=(self.image_size, self.image_size), mode="area")
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     def _mask(self) -> None:
         self.pruner.apply()

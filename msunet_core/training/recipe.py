@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from ..data.augment import CUTMIX_PROBABILITY, ERASE_PROBABILITY
 from ..data.cutmix import CONSISTENCY
 from ..data.images import IMAGE_SIZE
 from ..errors import StudyError, closest
@@ -37,10 +38,10 @@ class StageConfig:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
     augment: bool = True  # False: "clean" images, none of crop, flip, jitter and erasing
-    erase_probability: float = 0.4  # random erasing, per image
+    erase_probability: float = ERASE_PROBABILITY  # random erasing, per image
     # Progressive resizing: side in pixels of the training images of each epoch, whole ones after the last.
     image_sizes: tuple[int, ...] = ()
-    cutmix_probability: float = 0.5
+    cutmix_probability: float = CUTMIX_PROBABILITY
     cutmix_until: int | None = None  # first epoch without CutMix; None: on to the end
     consistency: str = "as-released"
     alpha: float | None = None  # fixed threshold; None: the schedule from alpha_start to alpha_end

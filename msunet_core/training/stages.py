@@ -14,6 +14,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 import torch
@@ -162,10 +163,9 @@ class _Stage:
         self.arithmetic = arithmetic_of(device)
         self.identity = identity_of(stage, seed, config, data, model, momentum, processes)
         self.shell = copy.deepcopy(model).cpu()  # FP32, for the result
-        self.images = data.train_images.to(device)
-        self.labels = data.train_labels.to(device)
-        self.test_images = data.test_images.to(device)
-        self.test_labels = data.test_labels.to(device)
+        there = data.to(device)
+        self.images, self.labels = there.train_images, there.train_labels
+        self.test_images, self.test_labels = there.test_images, there.test_labels
         self.steps = len(self.images) // config.batch_size
         if self.steps == 0:
             raise StudyError(
@@ -213,10 +213,7 @@ class _Stage:
         self._read_losses()
         tensors, numbers = self.learner.state()
         if bad := first_bad_tensor(tensors):
-            raise StudyError(
-                f"{self.stage} stopped: {bad} is not finite at epoch {self.epoch}, step {self.step}; "
-                f"lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
-            )
+            self._stop(f"{bad} is not finite at epoch {self.epoch}, step {self.step}")
         info = {
             "identity": self.identity,
             "arithmetic": self.arithmetic,
@@ -297,10 +294,7 @@ class _Stage:
         config, learner = self.config, self.learner
         scale = learner.loss_scale()
         if scale < MIN_LOSS_SCALE:
-            raise StudyError(
-                f"epoch {self.epoch}: the loss scale fell to {scale:g}, every step overflows; "
-                f"lower lr {config.lr} or train at O0 (the last good checkpoint is kept)"
-            )
+            self._stop(f"the loss scale fell to {scale:g} in epoch {self.epoch}, every step overflows")
         row = {
             "epoch": self.epoch,
             "lr": learning_rate(config, self.epoch),
@@ -327,7 +321,7 @@ class _Stage:
 
     def _columns(self) -> set[str]:
         """Names of the history's columns."""
-        groups = [f"{kind}_{group}" for group in self.learner.pruner.group_sparsity() for kind in SPARSITIES]
+        groups = [f"{kind}_{group}" for group in self.learner.pruner.targets for kind in SPARSITIES]
         sizes = ["image_size"] if self.config.image_sizes else []
         return {*COLUMNS, *groups, *sizes}
 
@@ -348,21 +342,19 @@ class _Stage:
         # Zero plus the scores that one process computed is exactly those.
         scores = self.processes.total(scores)
         if not scores.isfinite().all():
-            message = (
-                f"{self.stage} stopped: class scores are not finite after epoch {self.epoch}; "
-                f"lower lr {self.config.lr} or check the data (the last good checkpoint is kept)"
-            )
-            self.records.log(message)
-            raise StudyError(message)
+            self._stop(f"class scores are not finite after epoch {self.epoch}")
         return accuracy(scores, self.test_labels)
 
     def _refuse_loss(self, step: int) -> None:
         plan = self.plan.step(step)
-        # The step changed no weight; where losses are read late, the steps after it did.
-        layer = first_bad_layer(self.learner.model, augment(self.images[plan.order], plan))
+        # The step changed no weight; where losses are read late, the steps after it did. CutMix is left out.
+        inputs = self.learner.resized(augment(self.images[plan.order], plan))
+        layer = first_bad_layer(self.learner.model, inputs)
+        self._stop(f"loss {self.losses[step]} at epoch {self.epoch}, step {step}, first bad layer {layer}")
+
+    def _stop(self, fault: str) -> NoReturn:
         message = (
-            f"{self.stage} stopped: loss {self.losses[step]} at epoch {self.epoch}, step {step}, "
-            f"first bad layer {layer}; lower lr {self.config.lr} or check the data "
+            f"{self.stage} stopped: {fault}; lower lr {self.config.lr}, train at O0 or check the data "
             "(the last good checkpoint is kept)"
         )
         self.records.log(message)
