@@ -134,13 +134,14 @@ def test_it_is_evaluated_as_the_unpacked_network(new_network, images, tmp_path):
 HOSTILE = """
 import pathlib, random, sys
 import numpy as np
+from msunet_core import compiler
 from msunet_core.errors import StudyError
 from msunet_core.measure import packed_network
 from msunet_core.measure.packed_format import DIGEST_AT, digest_of
 
 flag = "-fsanitize=address,undefined"
-compiled = packed_network.compiled
-packed_network.compiled = lambda source, *_, **__: compiled(source, "-O1", flag, link=(flag,))
+compiled = compiler.compiled
+compiler.compiled = lambda source, *_, **__: compiled(source, "-O1", flag, link=(flag,))
 assert packed_network.library() is not None
 content, path = pathlib.Path(sys.argv[1]).read_bytes(), pathlib.Path(sys.argv[2])
 draw, accepted, header = random.Random(0), 0, 8 + int.from_bytes(content[:8], "little")
