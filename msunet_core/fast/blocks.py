@@ -9,7 +9,8 @@ in the backward pass: no slower than to write it and read it back, and a quarter
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,11 @@ class FastDepthwiseSeparable(DepthwiseSeparable):
     """:class:`DepthwiseSeparable` on the kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = None, None, None, self.conv_dw, self.bn1, self.act, None, self.conv_pw
-        y = residual(*layers, self.bn2, x, self.has_skip)
-        if y is not None:
-            return y
+        block = _Block(
+            *(None, None, None, self.conv_dw, self.bn1, self.act, None, self.conv_pw, self.bn2, self.has_skip)
+        )
+        if serves_block(block, x):
+            return block_output(block, x)
         y = self.conv_pw(norm_act(self.bn1, self.act, depthwise_conv(self.conv_dw, x)))
         return norm_act(self.bn2, None, y, skip=x if self.has_skip else None)
 
@@ -68,10 +70,12 @@ class FastInvertedResidual(InvertedResidual):
     """:class:`InvertedResidual` on the kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = self.conv_pw, self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se, self.conv_pwl
-        y = residual(*layers, self.bn3, x, self.has_skip)
-        if y is not None:
-            return y
+        block = _Block(
+            *(self.conv_pw, self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se),
+            *(self.conv_pwl, self.bn3, self.has_skip),
+        )
+        if serves_block(block, x):
+            return block_output(block, x)
         y = depthwise_conv(self.conv_dw, norm_act(self.bn1, self.act1, self.conv_pw(x)))
         y = self.conv_pwl(self.se(norm_act(self.bn2, self.act2, y)))
         return norm_act(self.bn3, None, y, skip=x if self.has_skip else None)
@@ -90,73 +94,84 @@ class FastMSUNet(MSUNet):
 # --- a whole block ---------------------------------------------------------------------------
 
 
-def residual(
-    expand: nn.Module | None,
-    norm1: nn.BatchNorm2d | None,
-    act1: nn.Module | None,
-    conv: nn.Module,
-    norm2: nn.BatchNorm2d,
-    act2: nn.Module,
-    se: nn.Module | None,
-    project: nn.Module,
-    norm3: nn.BatchNorm2d,
-    x: Tensor,
-    has_skip: bool,
-) -> Tensor | None:
+@dataclass
+class _Block:
     """``norm3(project(se(act2(norm2(conv(act1(norm1(expand(x)))))))))``, plus ``x`` where ``has_skip``.
 
-    For ternary 1x1 convolutions, which only add: three inputs have 27 possible sums, computed once for all
-    outputs.
-
-    Parameters
-    ----------
     expand, norm1, act1 : None where a block has none of them
     conv : depthwise, or several over consecutive channel groups
     se : squeeze-excitation with ``conv_reduce`` and ``conv_expand`` (Swish between, then a sigmoid gate),
         ``nn.Identity`` or None
-    x : (B, C, H, W)
-
-    Returns
-    -------
-    None where the kernels do not apply; the caller then computes it layer by layer.
     """
-    convs, se = list(conv.children()) or [conv], None if isinstance(se, nn.Identity) else se
-    stride, training = convs[0].stride[0], norm3.training
-    outputs = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    norms = [(norm2, act2, outputs), (norm3, None, outputs)]
-    conv1x1s, chain = [(project, norm2.num_features)], [(project, norm3)]
-    if expand is not None:
-        norms.append((norm1, act1, x.numel() // x.shape[1]))
-        conv1x1s.append((expand, x.shape[1]))
-        chain += [(expand, norm1), (expand, norm2)]
-    modules = conv, act2, se, act1, *(norm for norm, _, _ in norms), *(conv1x1 for conv1x1, _ in conv1x1s)
-    served = (
+
+    expand: nn.Module | None
+    norm1: nn.BatchNorm2d | None
+    act1: nn.Module | None
+    conv: nn.Module
+    norm2: nn.BatchNorm2d
+    act2: nn.Module
+    se: nn.Module | None
+    project: nn.Module
+    norm3: nn.BatchNorm2d
+    has_skip: bool
+
+    def __post_init__(self):
+        self.convs = list(self.conv.children()) or [self.conv]
+        self.stride = self.convs[0].stride[0]
+        if isinstance(self.se, nn.Identity):
+            self.se = None
+
+    def modules(self) -> Iterator[nn.Module]:
+        for part in (getattr(self, field.name) for field in fields(self)):
+            if isinstance(part, nn.Module):
+                yield from part.modules()
+
+
+def serves_block(block: _Block, x: Tensor) -> bool:
+    """Whether the kernels compute a block whole for ``x`` (B, C, H, W); else it is computed layer by layer.
+
+    They do for ternary 1x1 convolutions, which only add: three inputs have 27 possible sums, computed once
+    for all outputs.
+    """
+    training = block.norm3.training
+    pixels = x.shape[0] * -(-x.shape[2] // block.stride) * -(-x.shape[3] // block.stride)
+    norms = [(block.norm2, block.act2, pixels), (block.norm3, None, pixels)]
+    conv1x1s, chain = [(block.project, block.norm2.num_features)], [(block.project, block.norm3)]
+    if block.expand is not None:
+        norms.append((block.norm1, block.act1, x.numel() // x.shape[1]))
+        conv1x1s.append((block.expand, x.shape[1]))
+        chain += [(block.expand, block.norm1), (block.expand, block.norm2)]
+    return (
         all(norm.training == training and norm_fits(norm, act, values) for norm, act, values in norms)
-        and (expand is None or type(act1) is type(act2))
+        and (block.expand is None or type(block.act1) is type(block.act2))
         and all(is_ternary(conv1x1, channels, x.dtype) for conv1x1, channels in conv1x1s)
         and all(sum(layer.out_channels for layer in parts_of(c)) == norm.num_features for c, norm in chain)
-        and (not has_skip or (stride == 1 and norm3.num_features == x.shape[1]))
+        and (not block.has_skip or (block.stride == 1 and block.norm3.num_features == x.shape[1]))
         # In training gradients go through them the other way round.
         and (not training or all(channels // len(parts_of(c)) % OUTPUTS == 0 for c, channels in conv1x1s))
-        and are_depthwise(convs, x.dtype, norm2.num_features)
-        and serves(x, *(layer for module in modules if module is not None for layer in module.modules()))
+        and are_depthwise(block.convs, x.dtype, block.norm2.num_features)
+        and serves(x, *block.modules())
     )
-    if not served:
-        return None
-    if not training:
-        return _residual_in_eval(expand, norm1, convs, norm2, act2, se, project, norm3, x, has_skip)
-    kernels = [None if c is None else kernel_of(c) for c in (expand, project)]
+
+
+def block_output(block: _Block, x: Tensor) -> Tensor:
+    """What a block makes of ``x``, which the kernels serve."""
+    return _output_in_training(block, x) if block.norm3.training else _output_in_eval(block, x)
+
+
+def _output_in_training(block: _Block, x: Tensor) -> Tensor:
+    kernels = [None if c is None else kernel_of(c) for c in (block.expand, block.project)]
     parts = _Parts(
-        groups=[0 if c is None else len(parts_of(c)) for c in (expand, project)],
-        norms=[norm1, norm2, norm3],
-        act=ACTS[type(act2)],
-        stride=stride,
-        convs=len(convs),
-        has_skip=has_skip,
+        groups=[0 if c is None else len(parts_of(c)) for c in (block.expand, block.project)],
+        norms=[block.norm1, block.norm2, block.norm3],
+        act=ACTS[type(block.act2)],
+        stride=block.stride,
+        convs=len(block.convs),
+        has_skip=block.has_skip,
     )
     affine = [p for norm in parts.norms for p in (norm and norm.weight, norm and norm.bias)]
-    weights = [layer.weight for layer in convs]
-    return _Residual.apply(x, parts, *kernels, *affine, *weights, *excitation_of(se))
+    weights = [layer.weight for layer in block.convs]
+    return _Residual.apply(x, parts, *kernels, *affine, *weights, *excitation_of(block.se))
 
 
 @dataclass
@@ -329,26 +344,18 @@ class _Expansion:
 # --- a whole block in eval mode --------------------------------------------------------------
 
 
-def _residual_in_eval(expand, norm1, convs, norm2, act2, se, project, norm3, x, has_skip) -> Tensor:
-    stride = convs[0].stride[0]
-    y = empty_output(x, stride, norm3.num_features)
-    packed = Weights([conv.weight for conv in convs])
-    expanding, before = (
-        (None, None) if expand is None else (_in_eval(expand, x.dtype), as_affine(norm1, None, 0))
-    )
+def _output_in_eval(block: _Block, x: Tensor) -> Tensor:
+    y = empty_output(x, block.stride, block.norm3.num_features)
+    packed = Weights([conv.weight for conv in block.convs])
+    expanding = before = None
+    if block.expand is not None:
+        expanding, before = _in_eval(block.expand, x.dtype), as_affine(block.norm1, None, 0)
+    sizes = len(x), *x.shape[2:], *y.shape[2:], block.norm2.num_features
     call(
-        *("residual", is_half(x), ACTS[type(act2)], stride, *packed.arguments, x, y),
-        *(
-            len(x),
-            *x.shape[2:],
-            *y.shape[2:],
-            norm2.num_features,
-            expanding,
-            before,
-            as_affine(norm2, None, 0),
-        ),
-        *excitation_arguments(excitation_of(se)),
-        *(_in_eval(project, x.dtype), as_affine(norm3, None, 0), has_skip),
+        *("residual", is_half(x), ACTS[type(block.act2)], block.stride, *packed.arguments, x, y, *sizes),
+        *(expanding, before, as_affine(block.norm2, None, 0)),
+        *excitation_arguments(excitation_of(block.se)),
+        *(_in_eval(block.project, x.dtype), as_affine(block.norm3, None, 0), block.has_skip),
     )
     return y
 
