@@ -21,11 +21,12 @@ from .measure.packed_network import PackedNetwork
 from .measure.packed_reader import Reader
 from .measure.scoring import score
 from .measure.unpack import is_shipped, load_network, shipped, unpack
+from .memory import usable_cores
 from .model.checkpoint import load_checkpoint, read_momentum
 from .model.precision import OPT_LEVELS
 from .study.grid import GRID, load_grid
 from .study.profile import Profile, load_profile, profile_names
-from .study.provenance import recorded_stage, usable_cores
+from .study.provenance import recorded_stage
 from .study.run import new_network, runs_folder
 from .training.distributed import first_to_fail, rank
 from .training.stages import CHECKPOINT, prune, resolve_device, train

@@ -24,6 +24,11 @@ M_MMAP_MAX = -4
 SPIN_COUNT = "20000"
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def spin_shortly() -> None:
     """Set GOMP_SPINCOUNT where the user did not; takes effect if PyTorch is not loaded yet."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

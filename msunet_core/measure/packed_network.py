@@ -17,6 +17,7 @@ import numpy as np
 from ..compiler import load
 from ..data.normalisation import IMAGE_SIZE, MEAN, STD
 from ..errors import StudyError
+from ..memory import usable_cores
 from ..model.architecture import VARIANTS, Block, scaled, split_channels
 from .packed_reader import Reader, Stored, scale_of
 
@@ -35,6 +36,7 @@ C_TYPES = {
     **{"p": POINTER(c_float), "n": c_void_p, "s": POINTER(c_long), "u": POINTER(c_ubyte)},
     **{"i": c_int, "l": c_long},
 }
+MAX_THREADS = 64  # each has buffers of its own; on more cores it was never tried
 RESULTS = {"new": c_void_p, "free": None, "bytes": c_long}
 
 
@@ -55,7 +57,7 @@ class PackedNetwork:
     Parameters
     ----------
     path : file that :func:`~msunet_core.measure.pack.pack` wrote
-    threads : how many compute; default: as many as this process may run on
+    threads : how many compute, at most ``MAX_THREADS``; default: as many as this process may run on
 
     Raises
     ------
@@ -67,7 +69,7 @@ class PackedNetwork:
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):
-        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self.threads = usable_cores() if threads is None else threads
         if not (isinstance(self.threads, int) and self.threads >= 1):
             raise StudyError(f"threads {threads!r} is not a whole number >= 1; leave it out for all cores")
         stored = Reader(path).read()
@@ -107,7 +109,7 @@ class PackedNetwork:
             return self._scores_of_plain(images)
         images = np.ascontiguousarray(images)
         scores = np.empty((len(images), self.num_classes), np.float32)
-        threads = min(self.threads, 64)
+        threads = min(self.threads, MAX_THREADS)
         arguments = images.ctypes.data_as(C_TYPES["u"]), len(images), _pointer(scores), threads
         if not self._library.msunet_packed_scores(self._network.handle, *arguments):
             raise StudyError(f"no memory for {threads} threads; give fewer")

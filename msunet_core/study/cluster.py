@@ -20,8 +20,8 @@ from distributed import Client, LocalCluster, get_worker, wait
 from distributed.scheduler import KilledWorker
 
 from ..errors import StudyError, failure
+from ..memory import usable_cores
 from .grid_runs import Run, perform
-from .provenance import usable_cores
 
 PATIENCE = 30  # seconds for a scheduler to answer and to have a worker
 TOPIC = "msunet-ablations"

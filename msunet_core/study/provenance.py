@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import StudyError
 from ..files import ROOT, atomic_write, read_text
+from ..memory import usable_cores
 from .profile import load_profile
 
 # Parameters of a run that name a file.
@@ -139,11 +140,6 @@ def hardware() -> dict[str, object]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = _output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     return {"cpu": cpu, "cores": usable_cores(), "memory_gib": round(memory, 1), "gpu": gpu or None}
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def git_state() -> dict[str, object] | None:
