@@ -146,6 +146,17 @@ def test_a_weight_that_is_no_plain_finite_float_is_refused(published_state, tmp_
         assert "blocks.2.0.conv_pw.weight" in message
 
 
+def test_two_tensors_of_one_name_are_refused(published_state, tmp_path):
+    state = published_state | {"module.conv_stem.weight": torch.zeros(32, 3, 3, 3)}
+    assert "with and without 'module.'" in refusal(write(tmp_path / "two.pth.tar", {"state_dict": state}))
+
+
+def test_a_metric_that_is_not_a_number_is_left_out(published_state, tmp_path):
+    path = write(tmp_path / "nan.pth.tar", {"state_dict": published_state, "metric": math.nan, "epoch": 3})
+    _, info = load_checkpoint(path)
+    assert "metric" not in info and info["epoch"] == 3
+
+
 def test_a_counter_that_is_no_integer_is_refused(published_state, tmp_path):
     state = published_state | {"bn1.num_batches_tracked": torch.tensor(3.0)}
     message = refusal(write(tmp_path / "odd.pth.tar", {"state_dict": state}))
@@ -524,6 +535,30 @@ def test_the_previous_checkpoint_stays_until_the_new_one_is_good(tmp_path, monke
             save_checkpoint(path, {"x": torch.tensor(3)}, {"number": 3})
     assert latest_checkpoint(path)[1]["number"] == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + PREVIOUS]
+
+
+def test_a_whole_checkpoint_that_cannot_be_used_is_not_put_aside(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    for number in range(2):
+        save_checkpoint(path, {"x": torch.tensor(number)}, {"number": number})
+
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.safe_open", fail)
+        with pytest.raises(StudyError, match="cannot be read .*Too many open files"):
+            latest_checkpoint(path)
+    forge(path, {"x": torch.tensor(1)}, {"format": "msunet-study-9"})
+    with pytest.raises(StudyError, match="use the code that wrote it"):
+        latest_checkpoint(path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + PREVIOUS]
+
+
+def test_what_no_run_writes_is_not_saved_and_the_disk_is_not_blamed(tmp_path):
+    with pytest.raises(StudyError, match=r"has losses \[nan\], which no run writes"):
+        save_checkpoint(tmp_path / "x.safetensors", {}, {"losses": [math.nan]})
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypatch):

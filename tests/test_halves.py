@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from msunet_core.measure.halves import OUTPUTS, crossings, dtypes_by_level, layer_errors, rounded
@@ -49,6 +50,23 @@ def test_weights_that_fp16_holds_exactly_cross_nothing(new_network):
         layer.weight.data = layer.weight.data.half().float()
     found = crossings(network)
     assert len(found) == 0 and "z_half" in found
+
+
+@pytest.mark.parametrize("weights", ["ternary", "binary"])
+def test_what_crosses_is_what_differs_at_o3_whatever_the_size_of_w(new_network, weights):
+    network = new_network(weights=weights, width=0.5)
+    with torch.no_grad():
+        network.conv_head.weight.mul_(2.0**20)
+    half = ternary_layers(apply_opt_level(copy.deepcopy(network), "O3"))
+    differing = [
+        (name, index)
+        for name, layer in ternary_layers(network).items()
+        for index in (layer.signs() != half[name].signs()).flatten().nonzero().flatten().tolist()
+    ]
+    found = crossings(network)
+    assert list(zip(found["layer"], found["index"], strict=True)) == differing
+    assert rounded(network).conv_head.weight.isfinite().all() and not (found["half"].abs() > 65504).any()
+    assert weights == "binary" or differing
 
 
 def test_the_error_of_a_layer_is_in_parts_of_the_spread_of_its_output(new_network, images):

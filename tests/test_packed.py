@@ -213,6 +213,14 @@ def test_a_channel_that_never_varied_is_its_bias(new_network, tmp_path):
     assert torch.equal(norm.bias[:3], model.bn2.bias[:3].half().float())
 
 
+def test_a_channel_that_never_varied_is_packed_however_large_its_mean(new_network, tmp_path):
+    model = lived_in(new_network())
+    with torch.no_grad():  # times 1 / sqrt(eps) beyond FP16
+        model.bn2.running_mean[0], model.bn2.running_var[0] = 300.0, 0.0
+    norm = unpack(pack(model, tmp_path / "net.safetensors"), "O0").bn2
+    assert (norm.weight[0], norm.bias[0]) == (0.0, model.bn2.bias[0].half())
+
+
 def test_where_the_mean_is_large_scale_and_shift_are_rounded_together(new_network, tmp_path):
     model = lived_in(new_network())
     with torch.no_grad():
@@ -346,9 +354,10 @@ def network_with(**arguments):
         (lambda about, streams: about.pop("std"), "is refused"),
         (lambda about, streams: about.update(eps=float("nan")), "metadata that this code did not write"),
         (lambda about, streams: about.update(eps=-1.0), "metadata that this code did not write"),
+        (lambda about, streams: about.update(eps=1.0), "metadata that this code did not write"),
         (lambda about, streams: about.update(layers="D" * 40), "which is not its network"),
         (lambda about, streams: about.update(layers=7), "metadata that this code did not write"),
-        (lambda about, streams: about.update(merged=False), "as the scale of blocks.0.0.conv_pw"),
+        (lambda about, streams: about.update(merged=False), "has negative variances in bn1"),
         (network_with(variant="v4"), "variant 'v4' is unknown"),
         (network_with(variant="v1"), "has a mask of"),
         (network_with(width=4.0), "has a mask of"),
@@ -375,15 +384,23 @@ def network_with(**arguments):
     ],
 )
 def test_what_a_file_claims_is_checked_before_it_is_believed(packed_file, monkeypatch, change, message):
-    built = []
-
-    def build(**arguments):
-        built.append(torch.empty(0).device.type)
-        return build_msunet(**arguments)
-
-    monkeypatch.setattr(unpack_module, "build_msunet", build)
+    monkeypatch.setattr(unpack_module, "build_msunet", lambda **_: pytest.fail("built from a refused file"))
     assert message in refusal(forged(packed_file, change))
-    assert set(built) <= {"meta"}, "a network was allocated for a file that is refused"
+
+
+def test_what_no_packer_stores_is_refused(new_network, tmp_path, monkeypatch):
+    model = lived_in(new_network())
+    model.conv_stem.weight.data[: model.conv_stem.out_channels // 2] = 0.0
+    path = pack(model, tmp_path / "net.safetensors")
+    values = refusal(forged(path, lambda about, streams: streams["half"].__setitem__(0, 0.0)))
+    assert "stores zeros of conv_stem as values" in values
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "SPARSE_FROM", 0.6)
+        with pytest.raises(StudyError, match=r"calls conv_stem D, of which 50\.0% are zeros"):
+            pack(model, path)
+    model.bn2.running_var[0] = -1.0
+    with pytest.raises(StudyError, match="has negative variances in bn2"):
+        pack(model, path, merge=False)
 
 
 def test_streams_must_be_where_the_header_says(packed_file):
@@ -491,3 +508,10 @@ def test_provenance_is_what_the_run_says_and_short(tmp_path):
     }
     (stage.parent / "provenance.json").write_text("{")
     assert provenance_of(stage / "checkpoint.safetensors", info) == {"stage": "prune", "epoch": 4}
+
+
+def test_a_packed_file_packed_again_keeps_its_own_provenance(new_network, tmp_path):
+    path = pack(new_network(), tmp_path / "net.safetensors", provenance={"seed": 3})
+    (tmp_path / "provenance.json").write_text(json.dumps({"seed": 4}))
+    _, info = load_network(path)
+    assert provenance_of(path, info) == {"seed": 3}

@@ -182,6 +182,30 @@ def test_a_ternary_weight_beyond_fp16_keeps_its_signs(network, images):
     assert (half(images) - plain).abs().max() < plain.std()
 
 
+@pytest.mark.parametrize("exponent", [-100, -22, 20, 100])
+def test_t_at_o3_does_not_depend_on_the_size_of_w(network, exponent):
+    plain = apply_opt_level(copy.deepcopy(network), "O3").conv_head.signs()
+    with torch.no_grad():
+        network.conv_head.weight.mul_(2.0**exponent)
+    assert torch.equal(apply_opt_level(network, "O3").conv_head.signs(), plain)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_masters_beyond_fp16_are_published_and_loaded_without_losing_t(network, frozen):
+    layer = network.conv_head
+    with torch.no_grad():
+        layer.weight.mul_(2.0**20)
+    layer.weight.requires_grad_(not frozen)
+    masters = MasterWeights(network, "O2")
+    signs, state = layer.signs(), {n: t.clone() for n, t in masters.state_dict().items()}
+    assert state["conv_head.weight"].abs().max() > 65504 and signs.count_nonzero()
+    masters.publish()
+    assert torch.equal(layer.signs(), signs)
+    masters.load_state_dict(state)
+    assert torch.equal(layer.signs(), signs)
+    assert torch.equal(masters.state_dict()["conv_head.weight"], state["conv_head.weight"])
+
+
 def test_a_ternary_weight_that_is_not_finite_stays_so(network):
     """It is for who trains, tests or packs to name it."""
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.images import IMAGE_SIZE, normalise
 from ..model.precision import OPT_LEVELS, apply_opt_level
-from ..model.ternary import ternarize, ternary_layers
+from ..model.ternary import ternary_layers
 
 OUTPUTS = r"conv_stem|blocks\.\d\.\d|conv_head|classifier"  # modules whose outputs are compared
 SHORT = {torch.float32: "FP32", torch.float16: "FP16"}
@@ -49,7 +49,7 @@ def dtypes_by_level(model: nn.Module) -> pd.DataFrame:
 
 
 def crossings(model: nn.Module) -> pd.DataFrame:
-    """The ternary weights that another T belongs to once their tensor is rounded to FP16.
+    """The ternary weights that another T belongs to at O3, where their tensor is rounded to FP16.
 
     Parameters
     ----------
@@ -58,18 +58,19 @@ def crossings(model: nn.Module) -> pd.DataFrame:
     Returns
     -------
     DataFrame, a row a weight: ``layer``, ``index`` (in the flattened tensor), ``weight`` and ``half`` (before
-    and after rounding), ``z`` and ``z_half`` ((W - mean W) / std W, in FP64), ``alpha``, ``t`` and ``t_half``
+    and after rounding), ``z`` and ``z_half`` ((W - mean W) / std W, in FP64), ``alpha`` (0 of a binary layer),
+    ``t`` and ``t_half``
     """
     rows = []
+    at_o3 = ternary_layers(apply_opt_level(copy.deepcopy(model), "O3"))
     for name, layer in ternary_layers(model).items():
-        weight = layer.weight.detach().double().flatten()
-        half = layer.weight.detach().half().double().flatten()
-        t, t_half = ternarize(weight, layer.alpha), ternarize(half, layer.alpha)
+        weight, half = (x.weight.detach().double().flatten() for x in (layer, at_o3[name]))
+        t, t_half = (x.signs().double().flatten() for x in (layer, at_o3[name]))
         z, z_half = _standardized(weight), _standardized(half)
         for i in (t != t_half).nonzero().flatten().tolist():
             numbers = {"weight": weight, "half": half, "z": z, "z_half": z_half, "t": t, "t_half": t_half}
             rows.append(
-                {"layer": name, "index": i, "alpha": layer.alpha}
+                {"layer": name, "index": i, "alpha": 0.0 if layer.weights == "binary" else layer.alpha}
                 | {column: tensor[i].item() + 0.0 for column, tensor in numbers.items()}
             )
     columns = ["layer", "index", "weight", "half", "z", "z_half", "alpha", "t", "t_half"]
@@ -80,9 +81,7 @@ def crossings(model: nn.Module) -> pd.DataFrame:
 def rounded(model: nn.Module) -> nn.Module:
     """A copy that computes in FP32 with weights and statistics rounded to FP16."""
     copied = copy.deepcopy(model)
-    for tensor in copied.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(tensor.half())
+    copied.load_state_dict(apply_opt_level(copy.deepcopy(model), "O3").state_dict())
     return copied
 
 

@@ -20,12 +20,12 @@ from .packed_format import (
     DIGEST_AT,
     FORMAT,
     MAX_HEADER,
+    SPARSE_FROM,
     STREAMS,
     digest_of,
     norm_parts,
 )
 from .packed_reader import Reader
-from .scoring import SPARSE_FROM
 
 # How much farther from those of FP64 merging may move class scores at O3, in parts of the largest |score|.
 # Source and merged network round to 11 bits at other places, some 20 layers in a row, twice each: by chance
@@ -150,9 +150,9 @@ def _merge(model: nn.Module, half: nn.Module, values: dict[str, Tensor]) -> None
         scale = (layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()).detach()
         shift = (layer.bias.double() - layer.running_mean.double() * scale).detach()
         _rounded(scale, f"the scale of {name}")
-        values[f"{name}.bias"] = _rounded(shift, f"the shift of {name}")
         if isinstance(before[-1][1], TernaryConv2d):
-            values[f"{name}.weight"], values[f"{name}.bias"] = _round_together(layer, scale)
+            values[f"{name}.weight"], shift = _round_together(layer, scale)
+        values[f"{name}.bias"] = _rounded(shift, f"the shift of {name}")
         end = layer.num_features
         while end > 0:  # its convolutions, the last part of a mixed one first
             conv_name, conv = before.pop()
@@ -232,8 +232,10 @@ def _streams(half: nn.Module, values: dict[str, Tensor], letters: str, merge: bo
 def provenance_of(checkpoint: str | Path, info: dict) -> dict:
     """How a checkpoint came to be, in a few hundred bytes: from its own words and its run's provenance.json.
 
-    info : as load_checkpoint returns it
+    info : as load_network returns it; what a packed file tells is passed on
     """
+    if info.get("format") == FORMAT:
+        return info["provenance"]
     kept = {name: info[name] for name in ("stage", "epoch", "arch", "metric") if name in info}
     folder = Path(checkpoint).resolve().parent
     for path in (folder / "provenance.json", folder.parent / "provenance.json"):

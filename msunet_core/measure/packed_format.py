@@ -12,8 +12,8 @@ digits taken as 0: a file of which one bit changed is refused. ``packed`` is a t
 
     format      "msunet-packed-1"
     network     the arguments of build_msunet: variant, weights, alpha, num_classes, width
-    layers      a letter for each convolution and for the classifier, in order: T ternary, B binary, S sparse,
-                D dense
+    layers      a letter for each convolution and for the classifier, in order: T ternary, B binary, S sparse
+                (a convolution of which at least 40 % of the weights are 0), D dense
     merged      whether the scale of each batch norm went into the convolution before it
     eps         what batch norms add to a variance; 0 where they are merged
     mean, std   of each colour, in units of 0 .. 1, by which the images were normalised
@@ -50,6 +50,8 @@ from __future__ import annotations
 import hashlib
 
 FORMAT = "msunet-packed-1"
+# From this share of zeros on, a convolution is stored, and counted, as a bitmask with the values that are not 0.
+SPARSE_FROM = 0.4
 
 PARTS = ("mask", "sign", "values", "scale", "shift", "statistics", "header")
 STREAMS = {"half": "F16", "mask": "U8", "sign": "U8"}

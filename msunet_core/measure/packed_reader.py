@@ -17,7 +17,16 @@ from ..data.normalisation import MEAN, STD
 from ..errors import StudyError, reason
 from ..files import read_bytes
 from ..model.architecture import MAX_BYTES, Layer, stored_layers
-from .packed_format import DIGEST_AT, FORMAT, MAX_HEADER, NETWORK_KEYS, STREAMS, digest_of, norm_parts
+from .packed_format import (
+    DIGEST_AT,
+    FORMAT,
+    MAX_HEADER,
+    NETWORK_KEYS,
+    SPARSE_FROM,
+    STREAMS,
+    digest_of,
+    norm_parts,
+)
 
 
 @dataclass
@@ -122,6 +131,7 @@ class Reader:
     def _network(self, info: dict, streams: dict[str, np.ndarray]) -> Stored:
         network, letters, merged = info["network"], info["layers"], info["merged"]
         plain = isinstance(letters, str) and isinstance(merged, bool) and 0.0 <= info["eps"] <= 1.0
+        plain = plain and not (merged and info["eps"])
         if set(network) != NETWORK_KEYS or not plain:
             raise self.refuse("has metadata that this code did not write")
         try:
@@ -152,6 +162,8 @@ class Reader:
             if layer.is_norm:
                 (channels,) = layer.shape
                 found = {part: take.half(channels) for part in norm_parts(merged, kind)}
+                if "running_var" in found and (found["running_var"] < 0).any():
+                    raise self.refuse(f"has negative variances in {name}")
                 kinds[name] = "batch norm behind " + ("ternary" if kind in "TB" else "FP16")
                 bits[name] = {"scale": 16 * len(found.get("weight", ())), "shift": 16 * channels}
                 bits[name]["statistics"] = 32 * channels * (not merged)
@@ -181,9 +193,14 @@ class Reader:
         elif kind == "S":
             nonzero = take.bits("mask", count)
             weight = np.zeros(count, np.float32)
-            weight[nonzero] = take.half(int(nonzero.sum()))
+            weight[nonzero] = values = take.half(int(nonzero.sum()))
+            if not values.all():
+                raise self.refuse(f"stores zeros of {layer.name} as values")
         else:
             weight = take.half(count)
+        zeros = 1.0 - np.count_nonzero(weight) / count
+        if kind in "SD" and kind != ("S" if zeros >= SPARSE_FROM and not layer.is_linear else "D"):
+            raise self.refuse(f"calls {layer.name} {kind}, of which {zeros:.1%} are zeros")
         found = {"weight": weight.reshape(layer.shape)}
         return {**found, "bias": take.half(layer.shape[0])} if layer.has_bias else found
 

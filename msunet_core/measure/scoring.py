@@ -25,6 +25,7 @@ from ..errors import StudyError, reason
 from ..model.network import SqueezeExcite
 from ..model.precision import apply_opt_level
 from ..model.ternary import GivenTernaryConv2d, TernaryConv2d
+from .packed_format import SPARSE_FROM
 
 # WideResNet-28-10 on CIFAR-100, the challenge's unit (MicroNet Challenge, scoring page).
 REFERENCE_PARAMS = 36.5e6
@@ -33,8 +34,6 @@ REFERENCE_FLOPS = 10.49e9
 RANKED_FROM = 80.0
 # A value of k bits counts k / 32 (the same page).
 FULL_BITS = 32
-# From this share of zeros on, a bitmask with the non-zero values is counted instead of all values.
-SPARSE_FROM = 0.4
 
 # Operations for each input element: (multiplications, additions).
 ACTIVATIONS: dict[type[nn.Module], tuple[int, int]] = {nn.ReLU: (1, 0), nn.Sigmoid: (2, 1), nn.SiLU: (3, 1)}

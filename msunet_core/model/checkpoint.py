@@ -37,7 +37,7 @@ DAMAGED = ".damaged"
 # No pickle of a published checkpoint, which tells of 150 to 700 tensors, comes near either.
 MAX_PICKLE = 2**20
 MAX_OPCODES = 200_000
-MAX_TEXT = 2**25  # characters of the JSON: a history of 100,000 epochs
+MAX_TEXT = 2**25  # characters of the JSON: a history of 10,000 epochs, with a row a layer in each
 MAX_COUNT = 2**31  # of epochs, or of steps in one
 # All that a published checkpoint names in its pickle. torch's own list is longer: some of it can be told
 # to allocate any amount of memory.
@@ -47,6 +47,10 @@ CLASSES = re.compile(
 )
 # torch.save before 1.6: magic number, protocol, system, the object, its storages' keys; then bytes.
 LEGACY_PICKLES = 5
+
+
+class DamagedError(StudyError):
+    """A checkpoint that is cut off or altered: not what was once written."""
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
@@ -61,11 +65,13 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict) ->
 
     Raises
     ------
-    StudyError : the disk is full, the folder cannot be written, or what was read back differs
+    StudyError : the disk is full, the folder cannot be written, what was read back differs, or ``info`` is
+        not what a run writes
     """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"format": FORMAT, **info})
+    text = json.dumps({**info, "format": FORMAT})
+    _checked_info(path, text)
     digest = digest_of(text, tensors)
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, {"study": text, "digest": digest}))
@@ -85,7 +91,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises
     ------
-    StudyError : missing, truncated, altered or foreign file
+    DamagedError : truncated or altered file
+    StudyError : missing or foreign file, one that cannot be opened
     """
     path = Path(path)
     _refuse_missing(path)
@@ -93,8 +100,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({reason(error)}); see to that, then try again") from error
     except Exception as error:  # damaged bytes can make the reader raise anything
-        raise StudyError(
+        raise DamagedError(
             f"{path} is not a whole safetensors file ({reason(error)}); use another copy"
         ) from error
     if "study" not in metadata:
@@ -102,7 +111,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             f"{path} is a safetensors file, but not a checkpoint of this study; give one written by it"
         )
     if metadata.get("digest") != digest_of(metadata["study"], tensors):
-        raise StudyError(f"{path} was altered or damaged: its digest does not match; use another copy")
+        raise DamagedError(f"{path} was altered or damaged: its digest does not match; use another copy")
     return tensors, _checked_info(path, metadata["study"])
 
 
@@ -172,7 +181,8 @@ def latest_checkpoint(
 
     Raises
     ------
-    StudyError : files are there, but none of them is good
+    StudyError : files are there, but none of them is good; one is whole, but cannot be read or is of another
+        version
     """
     path = Path(path)
     faults = []
@@ -181,7 +191,7 @@ def latest_checkpoint(
             continue
         try:
             found = read_checkpoint(candidate)
-        except StudyError as error:
+        except DamagedError as error:
             faults.append(str(error))
             continue
         if faults:
@@ -254,7 +264,7 @@ def _refuse_missing(path: Path) -> None:
         raise StudyError(f"checkpoint {str(path)!r} is not a file; check the path")
     size = path.stat().st_size
     if size == 0:
-        raise StudyError(f"checkpoint {str(path)!r} is empty; use another copy")
+        raise DamagedError(f"checkpoint {str(path)!r} is empty; use another copy")
     if size > MAX_BYTES:
         raise StudyError(
             f"checkpoint {str(path)!r} has {size} bytes, more than any MSUNet ({MAX_BYTES}); not opened"
@@ -302,10 +312,14 @@ def _read_published(path: Path) -> tuple[dict[str, Tensor], dict]:
     info = {"format": "pth.tar"}
     for key in ("epoch", "arch", "metric", "version"):
         value = content.get(key)
-        if isinstance(value, float) or _is_count(value) or (isinstance(value, str) and len(value) <= 200):
+        is_number = _is_count(value) or (isinstance(value, float) and math.isfinite(value))
+        if is_number or (isinstance(value, str) and len(value) <= 200):
             info[key] = value
     info["has_optimizer"] = "optimizer" in content
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, info
+    named = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    if len(named) < len(state):
+        raise StudyError(f"{path} holds tensors of one name with and without 'module.'; use another copy")
+    return named, info
 
 
 def _checked_zip(path: Path, content: bytes) -> bytes:

@@ -10,7 +10,6 @@ also what the tensor cores of a GPU do.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -31,6 +30,8 @@ GROWTH_FACTOR = 2.0
 BACKOFF_FACTOR = 0.5
 
 HALF_MAX = torch.finfo(torch.float16).max
+# FP16 has all its digits from 2^-14 on; the threshold of ternary weights lies some 2^3 below the largest.
+_SMALL = 2.0**-8
 
 _WIDENED = {F.conv2d, F.linear, F.batch_norm}
 
@@ -163,19 +164,23 @@ def _halve(model: nn.Module, *, batch_norm: bool) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             values = parameter.data
             if isinstance(module, TernaryConv2d):
-                values = _into_half_range(values)
+                values = into_half_range(values)
             parameter.data = _half(values, f"{path}.{name}")
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 setattr(module, name, _half(buffer, f"{path}.{name}"))
 
 
-def _into_half_range(weights: Tensor) -> Tensor:
-    """Ternary weights times a power of two that keeps all digits: T does not change with the size of W."""
-    largest = weights.abs().amax().item()
-    if not HALF_MAX < largest < math.inf:
-        return weights
-    return weights * 2.0 ** -math.ceil(math.log2(largest / HALF_MAX))
+def into_half_range(weights: Tensor) -> Tensor:
+    """Ternary weights that FP16 can round without losing T, which does not change with the size of W.
+
+    Where the largest is beyond FP16, or so small that those at the threshold have no digits left in it, all
+    are multiplied by one power of two, which keeps their digits; else they are returned as they are.
+    """
+    largest = weights.abs().amax()
+    _, exponent = torch.frexp(largest)
+    scaled = torch.ldexp(weights, -exponent.clamp(-120, 120))  # whose power of two is an FP32 number
+    return torch.where((largest > HALF_MAX) | (largest < _SMALL), scaled, weights)
 
 
 def _half(values: Tensor, name: str) -> Tensor:

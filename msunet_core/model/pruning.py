@@ -93,10 +93,6 @@ class Pruner:
         for name, weight in self.weights.items():
             weight.masked_fill_(~self.masks[name], 0.0)
 
-    def sparsity(self) -> dict[str, float]:
-        """Share of exact zeros per tensor, counted on the weights themselves."""
-        return {name: (weight == 0).float().mean().item() for name, weight in self.weights.items()}
-
     def group_sparsity(self) -> dict[str, float]:
         """Share of exact zeros per group."""
         zeros: dict[str, list[int]] = {}
@@ -108,9 +104,8 @@ class Pruner:
 
 
 @torch.no_grad()
-def prune_to_target(model: nn.Module, pruner: str = "V2") -> dict[str, float]:
-    """Prune a model at once to the published sparsities; returns the share of zeros per tensor."""
+def prune_to_target(model: nn.Module, pruner: str = "V2") -> None:
+    """Prune a model at once to the published sparsities."""
     one_shot = Pruner(dict(model.named_parameters()), pruner, ramp_epochs=0)
     one_shot.update(0)
     one_shot.apply()
-    return one_shot.sparsity()

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..measure.account import account
 from ..measure.packed_format import PARTS
-from ..measure.scoring import RANKED_FROM, SPARSE_FROM, published_table
+from ..measure.packed_format import SPARSE_FROM
+from ..measure.scoring import RANKED_FROM, published_table
 from ..model.ternary import TernaryConv2d
 from .claims import Shipped
 from .pages import figure, kinds_table, provenance_table, table

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from ..model.precision import apply_opt_level
+from ..model.precision import apply_opt_level, into_half_range
+from ..model.ternary import ternary_layers
 
 
 class MasterWeights:
@@ -33,6 +36,9 @@ class MasterWeights:
                 self.frozen[name] = exact[name]
         self._half_list = list(self.halves.values())
         self._master_list = [self.parameters[name] for name in self.halves]
+        masters = {**self.frozen, **self.parameters}
+        ternary = {f"{name}.weight": layer.weight for name, layer in ternary_layers(model).items()}
+        self._ternary = {n: (half, masters[n]) for n, half in ternary.items() if half.dtype == torch.float16}
 
     def take_gradients(self) -> None:
         """Move the half gradients to FP32 gradients of the masters."""
@@ -45,6 +51,12 @@ class MasterWeights:
         """Round the masters into the half parameters that the network computes with."""
         if self._half_list:
             torch._foreach_copy_(self._half_list, self._master_list)
+            self._publish_ternary(self._ternary.keys() & self.halves.keys())
+
+    def _publish_ternary(self, names: Iterable[str]) -> None:
+        for name in names:
+            half, master = self._ternary[name]
+            half.copy_(into_half_range(master))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's state dict with FP32 masters in place of every half parameter."""
@@ -60,3 +72,4 @@ class MasterWeights:
         self.model.load_state_dict(state)
         for name, master in (*self.parameters.items(), *self.frozen.items()):
             master.copy_(state[name])
+        self._publish_ternary(self._ternary)
