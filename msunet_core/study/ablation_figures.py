@@ -90,7 +90,8 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
         near.errorbar(of["score"], of["mean"], of["sd"], **style, label=choice)
     front = pareto(rows)
     style = dict(color="black", linewidth=1, drawstyle="steps-post", zorder=1)
-    near.plot(front["score"], front["mean"], **style, label="Pareto front of the means")
+    if len(front) > 1:
+        near.plot(front["score"], front["mean"], **style, label="Pareto front of the means")
     for (_, row), above in zip(front.iterrows(), itertools.cycle((5, -12)), strict=False):
         _label(near, f"{row['choice']}: {row['value']}", row["score"], row["mean"], (5, above), "left")
     far.plot(rows["score"], rows["mean"], "o", color="tab:blue", markersize=4, label="these rows")
@@ -113,7 +114,7 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
     near.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))  # rows lie within one power of ten
     near.set_title("Upper left is better. Bars: sd over seeds", fontsize=10, loc="left")
     far.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=2, fontsize=8, frameon=False)
-    far.set_title("Beside full training of wide networks", fontsize=10, loc="left")
+    far.set_title("For orientation: wide networks, trained in full", fontsize=10, loc="left")
     return figure
 
 

@@ -58,7 +58,7 @@ def plot_curves(history: pd.DataFrame, marks: dict[str, int] | None = None) -> p
     tested = history[history["test_top1"].notna()]
     left.plot(history["epoch"], history["train_loss"], label="training (augmented images)")
     left.plot(tested["epoch"], tested["test_loss"], marker=".", label="test")
-    left.set(xlabel="epoch", ylabel="loss (nats)", title="Does the loss fall?")
+    left.set(xlabel="epoch", ylabel="loss", title="Does the loss fall?")
     right.plot(tested["epoch"], tested["test_top1"], marker=".", label="top-1")
     right.plot(tested["epoch"], tested["test_top5"], marker=".", label="top-5")
     right.set(xlabel="epoch", ylabel="test accuracy (%)", title="Does test accuracy rise?", ylim=(0, None))

@@ -139,7 +139,7 @@ def _curves(shipped: Shipped, folder: Path) -> str:
             f"and a test loss of {last['test_loss']:.2f}"
         )
         begin += len(history)
-    left.set(xlabel="epoch", ylabel="loss (nats)", title="Loss, training then pruning")
+    left.set(xlabel="epoch", ylabel="loss", title="Loss, training then pruning")
     right.set(
         xlabel="epoch", ylabel="test accuracy (%)", title="Accuracy on the 10,000 test images", ylim=(0, 100)
     )
