@@ -92,8 +92,11 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
     style = dict(color="black", linewidth=1, drawstyle="steps-post", zorder=1)
     if len(front) > 1:
         near.plot(front["score"], front["mean"], **style, label="Pareto front of the means")
-    for (_, row), above in zip(front.iterrows(), itertools.cycle((5, -12)), strict=False):
-        _label(near, f"{row['choice']}: {row['value']}", row["score"], row["mean"], (5, above), "left")
+    named = []  # in the corner above the front, where nothing lies
+    for number, (_, row) in enumerate(front.iterrows(), 1):
+        _label(near, str(number), row["score"], row["mean"], (-4, 4), "right")
+        named.append(f"{number}  {row['choice']}: {row['value']}")
+    near.text(0.02, 0.98, "\n".join(named), transform=near.transAxes, va="top", fontsize=8)
     far.plot(rows["score"], rows["mean"], "o", color="tab:blue", markersize=4, label="these rows")
     known = published_table()
     far.plot(known["score"], known["top1"], "k*", markersize=9, label="published, one run each")
@@ -108,7 +111,7 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.margins(x=0.15, y=0.12)
+        ax.margins(x=0.15, y=0.15)
         ax.set(xlabel="score (log scale, lower is better)", ylabel="top-1 (%)")
         ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2, fontsize=8, frameon=False)
     near.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))  # rows lie within one power of ten
