@@ -547,7 +547,7 @@ def test_a_whole_checkpoint_that_cannot_be_used_is_not_put_aside(tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.safe_open", fail)
-        with pytest.raises(StudyError, match="cannot be read .*Too many open files"):
+        with pytest.raises(StudyError, match=r"cannot be read .*Too many open files"):
             latest_checkpoint(path)
     forge(path, {"x": torch.tensor(1)}, {"format": "msunet-study-9"})
     with pytest.raises(StudyError, match="use the code that wrote it"):

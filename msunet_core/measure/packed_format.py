@@ -50,7 +50,7 @@ from __future__ import annotations
 import hashlib
 
 FORMAT = "msunet-packed-1"
-# From this share of zeros on, a convolution is stored, and counted, as a bitmask with the values that are not 0.
+# From this share of zeros on, a convolution is stored, and counted, as a bitmask with its other values.
 SPARSE_FROM = 0.4
 
 PARTS = ("mask", "sign", "values", "scale", "shift", "statistics", "header")

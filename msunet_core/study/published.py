@@ -1,7 +1,7 @@
 """Single figures of the published run record of MSUNet-v3's training, to hold a trainer against.
 
 The source is specification §1, which quotes them; the record itself is not part of this repository. Epoch 0
-is the first trained one, tested after it. ``train_loss`` is the mean over an epoch's steps, with the consistency term, and
+is the first trained one, tested after it. ``train_loss`` is the mean over an epoch's steps, in nats, and
 includes the consistency term as released; ``top1`` is that of the 10,000 test images in percent.
 """
 

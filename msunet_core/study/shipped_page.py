@@ -9,8 +9,7 @@ import pandas as pd
 from torch import nn
 
 from ..measure.account import account
-from ..measure.packed_format import PARTS
-from ..measure.packed_format import SPARSE_FROM
+from ..measure.packed_format import PARTS, SPARSE_FROM
 from ..measure.scoring import RANKED_FROM, published_table
 from ..model.ternary import TernaryConv2d
 from .claims import Shipped
