@@ -108,6 +108,32 @@ def _points(difference: float) -> str:
     return "" if math.isnan(difference) else f"{difference:+.1f}"
 
 
+def test_the_effects_are_those_of_the_evidence():
+    table = read_results(ROOT / "runs" / "ablations", "evidence").table
+    assert set(table["n"]) == {6} and len(table) == 30
+    (told,) = [p for p in README.split("\n\n") if p.startswith("**What each technique does")]
+    assert f"reaches {table['mean'][0]:.1f} % top-1" in told
+    effects = table.set_index(["choice", "value"])
+    for words, row in {
+        "float weights": ("weights", "float"),
+        "binary ones": ("weights", "binary"),
+        "the gradient of T": ("gradient", "dL/dT"),
+        "CutMix": ("CutMix", "on"),
+        "as described": ("consistency", "as described"),
+        "as released": ("consistency", "as released"),
+        "random erasing": ("random erasing", "on"),
+        "squeeze-excitation": ("pruner", "V1"),
+        "depthwise weights too": ("pruner", "V2"),
+        "O3 instead of O0": ("opt level", "O3"),
+        "v2's network": ("variant", "v2"),
+    }.items():
+        points = f"{effects.loc[row, 'difference']:+.1f}".replace("-", "−")
+        said = f"{words} {points}"
+        assert said in told
+        resolved = f"{said} (not resolved)" not in told
+        assert resolved == effects.loc[row, "resolved"], words
+
+
 def test_every_file_that_the_pages_link_exists():
     pages = [ROOT / "README.md", ROOT / "runs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for page in pages:
