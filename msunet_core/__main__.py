@@ -187,10 +187,19 @@ def run_grid(arguments: argparse.Namespace) -> None:
 
     if arguments.only and not arguments.out:
         raise StudyError("--only makes tables of a part of the grid: give a folder of their own, --out")
+    for name, value in (("--variant", arguments.variant), ("--seed", arguments.seed)):
+        if value is not None:
+            raise StudyError(f"{name} {value}: variants and seeds are the grid's; edit {arguments.grid}")
     profile = _profile(arguments)
     grid = load_grid(profile, arguments.grid, only=arguments.only)
+    for name in (override.partition("=")[0] for override in arguments.set):
+        if name in grid.fixed:
+            raise StudyError(f"--set {name}: the grid's baseline sets it for all rows; edit {arguments.grid}")
+        if name == "network.width":
+            raise StudyError("--set network.width: networks of the grid have ablation_width; set that")
     out = arguments.out or runs_folder() / "ablations"
-    found = run_ablations(profile, grid, out, jobs=arguments.jobs, scheduler=arguments.scheduler)
+    options = dict(jobs=arguments.jobs, scheduler=arguments.scheduler, replace=bool(arguments.out))
+    found = run_ablations(profile, grid, out, **options)
     shown = found.table.drop(columns=["params", "flops", "failed"])
     print(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.6g}"))
     print(f"{out / profile.name}.csv: {len(found.table)} rows of {len(grid.seeds)} seeds")

@@ -371,9 +371,10 @@ def test_score_validate_and_pack_ask_for_what_they_need():
         with pytest.raises(StudyError, match=f"give {missing}="):
             asked(target, **given)
     assert asked("score") == ["score"]
-    with pytest.raises(StudyError, match="VARIANT is a factor of the ablations"):
-        asked("ablations", VARIANT="v1")
-    assert asked("ablations", SEED="3", JOBS="2") == ["ablations", "--jobs=2", "--seed=3"]
+    for name, value in {"VARIANT": "v1", "SEED": "7", "RUN": "mine"}.items():
+        with pytest.raises(StudyError, match=f"{name}={value} is nothing that the ablations take"):
+            asked("ablations", **{name: value})
+    assert asked("ablations", OUT="own", JOBS="2") == ["ablations", "--jobs=2", "--out=own"]
     assert asked("validate", DATA="images.npz") == ["validate", "--data=images.npz"]
     assert asked("pack", CHECKPOINT="it's here", OUT="-b") == ["pack", "it's here", "./-b"]
     assert asked("pack", CHECKPOINT="a", OUT="b", VARIANT="v1", DATA="x.npz", LIMIT="3", DEVICE="cpu") == [
@@ -462,7 +463,8 @@ def test_shipping_a_run_with_a_provenance_of_no_use_is_refused(tmp_path, content
 
 def test_shipping_half_a_run_is_refused_and_copies_nothing(tmp_path):
     finished_run(tmp_path / "run")
-    (tmp_path / "run" / "prune" / "history.csv").unlink()
-    with pytest.raises(StudyError, match=r"has no prune/history.csv; run notebooks 02 and 03 there first"):
-        ship.ship(tmp_path / "run", tmp_path / "shipped")
+    for name in ("prune/history.csv", "prune/metrics.json"):  # the latter of a stage that was stopped
+        (tmp_path / "run" / name).unlink()
+        with pytest.raises(StudyError, match=rf"has no {name}; run notebooks 02 and 03 there first"):
+            ship.ship(tmp_path / "run", tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()

@@ -99,12 +99,14 @@ def study_of(names, *overrides, **given) -> Study:
     return study
 
 
-def prune_one(study: Study, **arguments) -> None:
+def prune_one(study: Study, finished: bool = True, **arguments) -> None:
     """Leave a checkpoint in the study's folder as notebook 03 does."""
     model = new_network(study.profile, **arguments)
     (study.folder / "prune").mkdir()
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     save_checkpoint(study.folder / "prune" / CHECKPOINT, state, {"network": model.config})
+    if finished:
+        (study.folder / "prune" / "metrics.json").write_text("{}")
 
 
 CIFAR100 = list(CIFAR100_CLASSES)

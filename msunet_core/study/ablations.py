@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -69,6 +70,7 @@ def run_ablations(
     *,
     jobs: int = 1,
     scheduler: str | None = None,
+    replace: bool = True,
     progress: bool | Progress = True,
 ) -> Results:
     """Compute what is not finished yet of a grid, write its tables, and return them.
@@ -81,13 +83,15 @@ def run_ablations(
         a folder for each run and seed
     jobs : processes of this machine, which share its cores; 1 is this process itself
     scheduler : address of a running Dask cluster instead, whose workers see ``out`` and the data
+    replace : whether tables of other images or another budget may be written over
     progress : True for one line with an ETA over all rows, False for silence, or a callable
 
     A row that fails says why in the table and the others go on; the same call tries it again.
 
     Raises
     ------
-    StudyError : no such data or scheduler, a folder that cannot be written or is in use
+    StudyError : no such data or scheduler, a folder that cannot be written or is in use, or holds other
+        results that are not to be replaced
     KeyboardInterrupt, SystemExit : on Ctrl-C or SIGTERM, after what was finished was written
     """
     if jobs < 1:
@@ -96,18 +100,24 @@ def run_ablations(
     out = Path(out).absolute()
     with lock_folder(out / profile.name):
         todo = plan(grid, source_of(profile), out / profile.name)
-        kept = out / f"{profile.name}_runs.json"
+        path, kept = (out / f"{profile.name}_{what}.json" for what in ("provenance", "runs"))
+        made, before = _made(profile, grid, todo), _read_provenance(path)
+        others = [part for part in ("budget", "data") if before.get(part, made[part]) != made[part]]
+        if others and not replace:
+            raise StudyError(
+                f"{out}/{profile.name}.csv is of another {' and '.join(others)} than this; give a folder of "
+                "its own, --out (OUT= with make)"
+            )
         results = known_results(todo, kept)
         ran = len(todo.runs) - len(results)
-        if ran:
-            try:
+        try:
+            if ran:
                 with terminable():
                     _compute(todo, results, jobs, scheduler, progress)
-            finally:  # what was finished before a stop too
-                keep_results(todo, kept)
+        finally:  # what was finished before a stop too
+            keep_results(todo, kept)
         seeds = _by_seed(grid, todo, results)
-        path = out / f"{profile.name}_provenance.json"
-        provenance = _provenance(path, profile, grid, todo, results, began, ran)
+        provenance = _provenance(made, before, todo, results, began, ran)
         found = Results(tabulate(seeds), seeds, _curves(grid, todo, results), provenance)
         for suffix, table in (("", found.table), ("_seeds", found.seeds), ("_curves", found.curves)):
             atomic_write(out / f"{profile.name}{suffix}.csv", table.to_csv(index=False, lineterminator="\n"))
@@ -230,15 +240,16 @@ def _curves(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns).astype(kinds).round(DIGITS)
 
 
-def _provenance(path, profile, grid, todo, results, began, ran) -> dict:
-    """How the tables were made; without a path, since they are published."""
-    base, run = grid.rows[0].profile, todo.runs[0]
-    data = run.data.load()
-    made = {
+def _made(profile: Profile, grid: Grid, todo: Plan) -> dict:
+    """What the tables are of; without a path, since they are published."""
+    base, data = grid.rows[0].profile, todo.runs[0].data.load()
+    rows = [(row.label, dataclasses.asdict(row.profile)) for row in grid.rows]
+    for _, profile_of_row in rows:  # the same grid wherever the images lie and whatever computes
+        for name in ("name", "data", "device", "seed", "expect"):
+            profile_of_row.pop(name)
+    return {
         "profile": profile.name,
-        "grid": hashlib.sha256(repr([(row.label, row.profile) for row in grid.rows]).encode()).hexdigest()[
-            :16
-        ],
+        "grid": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
         "seeds": list(grid.seeds),
         "rows": len(grid.rows),
         "runs": len(todo.runs),
@@ -252,14 +263,22 @@ def _provenance(path, profile, grid, todo, results, began, ran) -> dict:
             "batch_size": base.ablation.batch_size,
             "pruning_epochs": base.ablation_prune.epochs,
         },
-        "data": {"name": Path(run.data.source).name, "fingerprint": data.fingerprint},
+        "data": data.fingerprint,
         "code": code_of_runs(),
     }
+
+
+def _read_provenance(path: Path) -> dict:
     try:
-        before = json.loads(path.read_text())
-        before = before if {**before, **made} == before else {}
-    except (OSError, ValueError, TypeError):
-        before = {}
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _provenance(made: dict, before: dict, todo: Plan, results: dict, began: float, ran: int) -> dict:
+    """How the tables were made: as before, where nothing of it is new."""
+    before = before if {**before, **made} == before else {}
     if before and not ran:
         return before
     now = datetime.datetime.fromtimestamp(began).astimezone().isoformat(timespec="seconds")

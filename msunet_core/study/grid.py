@@ -32,11 +32,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows, the seeds that each of them is trained with, and the file that they come from."""
+    """Rows, the seeds that each is trained with, and the names that the baseline sets for all of them."""
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
-    path: Path = GRID
+    fixed: frozenset[str]
 
 
 def load_grid(
@@ -69,7 +69,8 @@ def load_grid(
     for factor in (only := tuple(only)):
         if factor not in factors:
             raise StudyError(f"factor {factor!r} is unknown; {closest(factor, factors)}")
-    base = overridden(profile, _mapping(tree.get("baseline"), f"{path}: baseline"))
+    baseline = _mapping(tree.get("baseline"), f"{path}: baseline")
+    base = overridden(profile, baseline)
     rows = [Row(BASELINE, base.network.variant, base)]
     for factor, levels in factors.items():
         if only and factor not in only:
@@ -80,7 +81,8 @@ def load_grid(
             except StudyError as error:
                 raise StudyError(f"row {factor}: {level}: {error}") from error
             rows.append(Row(str(factor), str(level), own))
-    return Grid(tuple(rows), _seeds(tree.get("seeds") if seeds is None else seeds, path), Path(path))
+    seeds = _seeds(tree.get("seeds") if seeds is None else seeds, path)
+    return Grid(tuple(rows), seeds, frozenset(baseline))
 
 
 def _seeds(seeds: object, path) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import torch
 from ..data.images import IMAGE_SIZE, ImageData
 from ..data.sources import SOURCES, load_data
 from ..errors import StudyError, failure
-from ..files import atomic_write
+from ..files import ROOT, atomic_write
 from ..measure.evaluation import evaluate
 from ..measure.scoring import score
 from ..model.checkpoint import load_checkpoint, read_momentum
@@ -85,7 +85,7 @@ def source_of(profile: Profile) -> Source:
     limits = [limit for limit in (own.limit, profile.ablation_limit) if limit is not None]
     # Workers may stand in other folders.
     name = own.source if own.source in SOURCES else os.path.abspath(os.path.expanduser(own.source))
-    source = Source(name, min(limits, default=None), profile.seed, str(Path("data").absolute()))
+    source = Source(name, min(limits, default=None), profile.seed, str(ROOT / "data"))
     return dataclasses.replace(source, fingerprint=source.load().fingerprint)
 
 

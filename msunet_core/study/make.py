@@ -71,7 +71,11 @@ EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
 EVIDENCE += (*ABLATIONS, "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
-NOT_USED = {"__main__.py", "study/lab.py", "study/make.py", "study/runner.py", *SITE}
+NOT_USED = {
+    "__main__.py",
+    *(f"study/{name}.py" for name in ("lab", "make", "runner", "ship")),
+    *SITE,
+}
 MADE = ".made.json"
 
 
@@ -287,11 +291,11 @@ def command_line(target: str, request: Request) -> list[str]:
     if target == "pretrained":
         return ["pack", str(request.folder / "prune"), str(SHIPPED), f"--data={given['DATA']}"]
     if target == "ablations":
-        if "VARIANT" in given:
-            raise StudyError(
-                "VARIANT is a factor of the ablations: leave it out, or edit study/ablations.yaml"
-            )
-        names = ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE", "SEED")
+        for name in ("VARIANT", "SEED", "RUN"):
+            if name in given:
+                remedy = "give a folder, OUT=" if name == "RUN" else "edit study/ablations.yaml"
+                raise StudyError(f"{name}={given[name]} is nothing that the ablations take; {remedy}")
+        names = ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE", "OUT")
         changes = ["--set", *given["SET"].split()] if "SET" in given else []
         return [target, *(f"--{name.lower()}={given[name]}" for name in names if name in given), *changes]
     options = {"VARIANT": "variant", "OPT_LEVEL": "opt-level"}

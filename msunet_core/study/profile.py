@@ -194,7 +194,8 @@ def load_profile(
     variants = _mapping(tree.pop("variants", None), f"{path}: variants")
     for part in ("network", "data"):
         tree[part] = _mapping(tree.get(part), f"{path}: {part}")
-    variant = variant or tree["network"].get("variant", "v3")
+    own_variant = tree["network"].get("variant", "v3")
+    variant = variant or own_variant
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise StudyError(f"variant {shown(variant)} is unknown; {closest(variant, VARIANTS)}")
     tree = _merge(tree, _mapping(variants.get(variant), f"{path}: variants.{variant}"))
@@ -210,8 +211,9 @@ def load_profile(
         if key.count(".") >= MAX_DEPTH:
             raise StudyError(f"override {shown(key)} names no parameter; write it as train.epochs=3")
         tree = _merge(tree, _nested(key, _parsed(text, f"override {shown(key)}")))
-    if data is not None or limit is not None or not _is_own_data(tree):
-        tree["expect"] = {}
+    others = [value for value in (data, limit, seed) if value is not None]
+    if others or overrides or variant != own_variant or not _is_own_data(tree):
+        tree["expect"] = {}  # measured with none of these
     return _build(Profile, tree, where="")
 
 

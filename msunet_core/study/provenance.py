@@ -86,15 +86,15 @@ def _sitting(began: int) -> dict[str, object]:
 
 
 def command() -> str:
-    """How this process was started, as a reader would type it; of absolute paths only the name.
+    """How this process was started, as a reader would type it; of absolute paths the name, of hosts none.
 
     That is what `make` was asked for, where it was make.
     """
     program, *arguments = sys.argv
-    program = "-m msunet_core" if Path(program).name == "__main__.py" else Path(program).name
-    shown = [re.sub(r"^(--[\w-]+=)?/.*/", r"\1", argument) for argument in arguments]
-    shown = [re.sub(r"\btcp://.*", "tcp://HOST:PORT", argument) for argument in shown]
-    return os.environ.get("MSUNET_COMMAND") or f"python {program} {shlex.join(shown)}"
+    program = ["-m", "msunet_core"] if Path(program).name == "__main__.py" else [Path(program).name]
+    words = shlex.split(os.environ.get("MSUNET_COMMAND", "")) or ["python", *program, *arguments]
+    shown = [re.sub(r"(^|[=\s])/\S*/", r"\1", word) for word in words]
+    return shlex.join(re.sub(r"\btcp://\S*", "tcp://HOST:PORT", word) for word in shown)
 
 
 def without_folders(text: str, parameters: Mapping[str, object]) -> str:

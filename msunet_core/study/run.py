@@ -93,7 +93,8 @@ class Study:
         """The images, loaded at first use."""
         if self._data is None:
             source = self.profile.data
-            self._data = load_data(source.source, limit=source.limit, seed=self.profile.seed)
+            options = dict(limit=source.limit, seed=self.profile.seed, cache=ROOT / "data")
+            self._data = load_data(source.source, **options)
         return self._data
 
     @property
@@ -124,18 +125,23 @@ class Study:
 
     def start_of_pruning(self) -> nn.Module:
         """The network that training ended with; trained now, which is said, where notebook 02 has not."""
-        if not (self.folder / "train" / CHECKPOINT).exists():
+        if not self.has_finished("train"):
             print(f"Run {self.folder.name} has no trained network yet: training it now, as notebook 02 does.")
             train(self.network(), self.data, self.profile.train, self.folder / "train", **self.options)
         return self.checkpoint("train")
 
     def checkpoint(self, stage: str) -> nn.Module:
         """The network that a stage of this run ended with."""
-        path = self.folder / stage / CHECKPOINT
-        if not path.exists():
+        if not self.has_finished(stage):
             notebook = {"train": "02_ternary_training", "prune": "03_fp16_pruning"}.get(stage, stage)
-            raise StudyError(f"{path} does not exist; run notebook {notebook} with this RUN first")
-        return load_checkpoint(path, self.profile.network.variant)[0]
+            raise StudyError(
+                f"{self.folder / stage} came to no end yet; run notebook {notebook} with this RUN first"
+            )
+        return load_checkpoint(self.folder / stage / CHECKPOINT, self.profile.network.variant)[0]
+
+    def has_finished(self, stage: str) -> bool:
+        """Whether a stage of this run came to its end; a checkpoint alone may be of any epoch."""
+        return all((self.folder / stage / name).is_file() for name in (CHECKPOINT, "metrics.json"))
 
     def momentum(self, stage: str) -> dict[str, Tensor]:
         """The momentum that a stage of this run ended with, for the stage after it."""
@@ -147,7 +153,7 @@ class Study:
         That is what this run pruned; but with the real CIFAR-100 the network that the repository ships,
         unless this run trained one of its own at full width on all images.
         """
-        own = (self.folder / "prune" / CHECKPOINT).exists()
+        own = self.has_finished("prune")
         whole = self.profile.network.width == 1.0 and self.profile.data.limit is None
         if self.fits_shipped and not (own and (whole or not is_shipped())):
             return "the shipped network", load_network(shipped(), self.profile.network.variant)[0]

@@ -27,7 +27,9 @@ def check_finished(run: Path) -> dict:
 
     Raises StudyError where something is missing, or of no use.
     """
-    missing = [name for name in (*EVIDENCE, "provenance.json") if not (run / name).is_file()]
+    # A stage writes metrics.json at its end alone.
+    needed = ("train/metrics.json", "prune/metrics.json", *EVIDENCE, "provenance.json")
+    missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
     try:

@@ -227,6 +227,18 @@ def _prune_group(model: nn.Module, group: str, share: float) -> None:
             weight.mul_(smallest_mask(weight, share))
 
 
+def targets_of(config: StageConfig) -> dict[str, float]:
+    """The share of zeros that each group of a pruning stage ends with."""
+    return Pruner({}, config.pruner, config.ramp_epochs, config.se_sparsity).targets
+
+
+def epoch_of_targets(history: pd.DataFrame, targets: dict[str, float]) -> int | None:
+    """The first epoch of a pruning's history with every group at its target; None where it ended before."""
+    there = [history[f"target_{group}"] >= target for group, target in targets.items()]
+    epochs = history["epoch"][pd.concat(there, axis=1).all(axis=1)]
+    return None if epochs.empty else int(epochs.iloc[0])
+
+
 def power_ramp(epoch: int, target: float, ramp_epochs: int, power: int) -> float:
     """Sparsity s - s (1 - e/r)^power of an epoch: 3 is the published ramp, 1 a straight line."""
     return target - target * max(0.0, 1 - epoch / ramp_epochs) ** power
