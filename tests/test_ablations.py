@@ -204,6 +204,35 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path, mon
         "python -m msunet_core ablations --grid=mine.yaml --data images.npz --set ablation.lr=0.1 "
         "--scheduler tcp://HOST:PORT"
     )
+    by_make = "make ablations SCHEDULER=tcp://10.0.0.7:8786 'SET=data.source=/home/me/x.npz ablation.lr=0.1'"
+    monkeypatch.setenv("MSUNET_COMMAND", by_make)
+    told = "make ablations SCHEDULER=tcp://HOST:PORT 'SET=data.source=x.npz ablation.lr=0.1'"
+    assert ablations.command() == told
+
+
+def test_tables_of_other_images_or_another_budget_are_not_written_over_unasked(tiny, tmp_path, data):
+    def run(profile, replace):
+        grid = load_grid(profile, factors={"weights": FACTORS["weights"]}, seeds=[0])
+        return run_ablations(profile, grid, tmp_path, replace=replace, progress=False)
+
+    made = run(tiny(), False).provenance
+    table = (tmp_path / "smoke.csv").read_bytes()
+    with pytest.raises(StudyError, match="is of another budget and data than this; give a folder of its own"):
+        run(tiny("ablation_limit=1"), False)
+    assert (tmp_path / "smoke.csv").read_bytes() == table
+    moved = str(shutil.copy(data, tmp_path / "elsewhere.npz"))
+    again = load_profile("smoke", data=moved, device="auto", overrides=TINY)
+    assert run(again, False).provenance == made, "nothing was computed, so nothing of it changes"
+    assert run(tiny("ablation_limit=1"), True).provenance["budget"]["training_images"] == 4
+
+
+def test_finished_runs_that_came_with_the_folder_are_kept_too(tiny, tmp_path):
+    grid = load_grid(tiny(), factors={"weights": FACTORS["weights"]}, seeds=[0])
+    run_ablations(tiny(), grid, tmp_path, progress=False)
+    kept = (tmp_path / "smoke_runs.json").read_bytes()
+    (tmp_path / "smoke_runs.json").unlink()
+    run_ablations(tiny(), grid, tmp_path, progress=False)
+    assert (tmp_path / "smoke_runs.json").read_bytes() == kept
 
 
 def test_a_cut_off_grid_goes_on_to_the_same_table(tiny, tmp_path, computed):

@@ -298,6 +298,13 @@ def test_a_name_too_long_for_a_file_is_refused_in_one_line(capsys, arguments):
 
 def test_tables_of_a_part_of_the_grid_replace_no_whole_ones(capsys):
     assert "give a folder of their own, --out" in error_of(capsys, "ablations", "--only", "alpha")
+    for typed, told in {
+        "--variant=v1": "--variant v1: variants and seeds are the grid's",
+        "--seed=7": "--seed 7: variants and seeds are the grid's",
+        "--set=ablation.cutmix_probability=0.5": "the grid's baseline sets it for all rows",
+        "--set=network.width=0.5": "networks of the grid have ablation_width",
+    }.items():
+        assert told in error_of(capsys, "ablations", typed)
 
 
 def test_a_fault_of_the_system_is_one_line(capsys, monkeypatch):

@@ -93,6 +93,10 @@ def test_expected_bands_hold_for_the_profiles_own_data_alone(tmp_path):
     assert load_profile(str(path)).expect == {"top1": [1.0, 2.0]}
     assert load_profile(str(path), data="other.npz").expect == {}
     assert load_profile(str(path), limit=3).expect == {}
+    assert load_profile(str(path), seed=3).expect == {}
+    assert load_profile(str(path), variant="v1").expect == {}
+    assert load_profile(str(path), overrides="train.epochs=1").expect == {}
+    assert load_profile(str(path), device="cpu").expect == {"top1": [1.0, 2.0]}
 
 
 @pytest.mark.parametrize(

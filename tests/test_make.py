@@ -426,7 +426,7 @@ def test_an_interrupt_is_told_in_one_line(checkout, monkeypatch, capfd):
 
 
 def finished_run(folder):
-    for name in ship.EVIDENCE:
+    for name in (*ship.EVIDENCE, "train/metrics.json", "prune/metrics.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     log = "2026-11-24 14:17:31 train: epoch 0: lr 0.1, 90.5 s\n2026-11-24 14:19:00 train: resume\n"

@@ -132,6 +132,12 @@ def test_a_run_looks_at_its_own_network_where_that_is_a_whole_one(study, shipped
     assert narrow.trained()[0] == "the network of this run"
 
 
+def test_a_stage_that_was_stopped_is_not_taken_as_trained(study):
+    prune_one(study, finished=False)
+    with pytest.raises(StudyError, match="prune came to no end yet; run notebook 03_fp16_pruning"):
+        study.trained()
+
+
 def test_the_same_seed_builds_the_same_network_whatever_was_drawn_before():
     profile = load_profile("smoke")
     first = new_network(profile).state_dict()

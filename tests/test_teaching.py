@@ -233,3 +233,12 @@ def test_a_planted_loss_scale_overflows_until_it_has_fallen_and_no_weight_moves_
     plain = Learner(study.network(), dataclasses.replace(config, opt_level="O0"))
     with pytest.raises(StudyError, match="O0 has no loss scale"):
         teaching.loss_scale_steps(plain, study.data, plan, 2.0**30, 1)
+
+
+def test_the_epoch_of_the_targets_is_the_first_with_all_of_them_or_none():
+    config = StageConfig(pruner="V2", se_sparsity=0.8, ramp_epochs=4)
+    targets = teaching.targets_of(config)
+    assert targets == {"se": 0.8, "dw": 0.5}
+    history = pd.DataFrame({"epoch": [3, 4, 5], "target_se": [0.7, 0.8, 0.8], "target_dw": [0.4, 0.4, 0.5]})
+    assert teaching.epoch_of_targets(history, targets) == 5
+    assert teaching.epoch_of_targets(history[:2], targets) is None
