@@ -58,6 +58,7 @@ STREAMS = {"half": "F16", "mask": "U8", "sign": "U8"}
 NETWORK_KEYS = {"variant", "weights", "alpha", "num_classes", "width"}
 HEAD = b'{"__metadata__":{"digest":"'
 DIGEST_AT = slice(8 + len(HEAD), 8 + len(HEAD) + 32)
+KINDS = {"T": "ternary", "B": "binary", "S": "sparse", "D": "dense"}  # by the letter of a layer
 MAX_HEADER = 2**20  # ours have about 1,500 bytes
 
 

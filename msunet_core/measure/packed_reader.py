@@ -20,6 +20,7 @@ from ..model.architecture import MAX_BYTES, Layer, stored_layers
 from .packed_format import (
     DIGEST_AT,
     FORMAT,
+    KINDS,
     MAX_HEADER,
     NETWORK_KEYS,
     SPARSE_FROM,
@@ -170,7 +171,7 @@ class Reader:
             else:
                 kind = next(names)
                 found = self._weights(layer, kind, take)
-                kinds[name] = {"T": "ternary", "B": "binary", "S": "sparse", "D": "dense"}[kind]
+                kinds[name] = KINDS[kind]
                 bits[name] = {part: take.used[part] - before[part] for part in ("mask", "sign")}
                 bits[name]["scale"] = 16 * (kind in "TB")
                 bits[name]["shift"] = 16 * len(found.get("bias", ()))

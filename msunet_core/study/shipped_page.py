@@ -9,7 +9,8 @@ import pandas as pd
 from torch import nn
 
 from ..measure.account import account
-from ..measure.packed_format import PARTS, SPARSE_FROM
+from ..measure.pack import letter_of
+from ..measure.packed_format import KINDS, PARTS
 from ..measure.scoring import RANKED_FROM, published_table
 from ..model.ternary import TernaryConv2d
 from .claims import Shipped
@@ -167,9 +168,7 @@ def _zeros(model: nn.Module, folder: Path) -> str:
             weight = layer.signs() if isinstance(layer, TernaryConv2d) else layer.weight
             zeros = 1 - weight.count_nonzero().item() / weight.numel()
             dead = int((weight.flatten(1).count_nonzero(1) == 0).sum())
-            stored = "sparse" if zeros >= SPARSE_FROM else "dense"
-            kind = "ternary" if isinstance(layer, TernaryConv2d) else stored
-            rows.append((name, kind, weight.numel(), zeros, dead))
+            rows.append((name, KINDS[letter_of(layer)], weight.numel(), zeros, dead))
     layers = pd.DataFrame(rows, columns=["name", "kind", "weights", "zeros", "dead"])
     drawn, ax = plt.subplots(figsize=(WIDTH, 0.19 * len(layers) + 0.8), layout="constrained")
     for (kind, some), colour, hatch in zip(
