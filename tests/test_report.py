@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from msunet_core.errors import StudyError
+from msunet_core.files import ROOT
 from msunet_core.study import pages, report
 from msunet_core.study.alt_text import describe, title_of
 from msunet_core.study.profile import load_profile
@@ -141,6 +142,13 @@ def test_a_toy_says_so_in_words_and_the_full_study_does_not():
     assert "toy" not in pages.run_statement(load_profile("paper"), "paper").replace("class: note real", "")
     assert "How this run was made is not recorded" in pages.run_statement(pages.profile_of({}), "run")
     assert pages.profile_of({"parameters": {"PROFILE": "gone.yaml"}}) is None
+
+
+def test_a_page_tells_paths_from_the_checkout(tmp_path):
+    path = tmp_path / "07_page.ipynb"
+    printed = said(f"{ROOT}/runs/smoke/x.safetensors was altered")
+    nbformat.write(new_notebook(cells=[new_code_cell("print()", outputs=[printed])]), path)
+    assert report._notebook(path).cells[0].outputs[0].text == "runs/smoke/x.safetensors was altered"
 
 
 def test_provenance_is_told_without_the_folders_of_a_machine():

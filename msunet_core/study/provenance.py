@@ -98,11 +98,11 @@ def command() -> str:
 
 
 def without_folders(text: str, parameters: Mapping[str, object]) -> str:
-    """A text as it is published: of each file that a run's parameters name, its name alone."""
+    """A text as it is published: of each file that a run's parameters name its name, others from the checkout."""
     for path in (str(parameters.get(name) or "") for name in FILES):
         if "/" in path:
             text = text.replace(path, Path(path).name)
-    return text
+    return text.replace(f"{ROOT}/", "")
 
 
 def _write(path: Path, about: dict, parts: dict) -> None:

@@ -85,7 +85,7 @@ def _notebook(path: Path) -> nbformat.NotebookNode:
     if not re.fullmatch(r"\w[\w-]*", path.stem):  # it names a page and stands in links
         raise StudyError(f"{path} cannot be a page; rename it to letters, digits, _ and -, or remove it")
     try:
-        return nbformat.read(path, 4)
+        return nbformat.reads(without_folders(path.read_text(), {}), 4)
     except Exception as error:  # nbformat raises its own and others' kinds
         raise StudyError(
             f"{path} is not a notebook ({type(error).__name__}); remove it and run it again"
