@@ -98,7 +98,7 @@ def command() -> str:
 
 
 def without_folders(text: str, parameters: Mapping[str, object]) -> str:
-    """A text as it is published: of each file that a run's parameters name its name, others from the checkout."""
+    """A text as it is published: of files that a run's parameters name the name, others from the checkout."""
     for path in (str(parameters.get(name) or "") for name in FILES):
         if "/" in path:
             text = text.replace(path, Path(path).name)
