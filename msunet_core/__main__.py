@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import NoReturn
 
 from .data.sources import CIFAR100_CLASSES, hold_out, load_data, save_npz
 from .errors import StudyError, one_line
-from .files import atomic_write, read_text
+from .files import atomic_write, read_json
 from .measure.evaluation import evaluate
 from .measure.pack import pack, provenance_of
 from .measure.packed_network import PackedNetwork
@@ -251,7 +250,7 @@ def run_pack(arguments: argparse.Namespace) -> None:
     model, info = load_network(path, arguments.variant)
     kept = {"merge": not arguments.no_merge, "provenance": provenance_of(path, info)}
     if arguments.provenance:
-        kept["provenance"] = _json(arguments.provenance)
+        kept["provenance"] = read_json(arguments.provenance, "correct it")
     if arguments.data:  # first, so that data of no use leave the file that is there
         with tempfile.TemporaryDirectory() as scratch:
             pack(model, Path(scratch, "packed.safetensors"), **kept)
@@ -265,13 +264,6 @@ def run_pack(arguments: argparse.Namespace) -> None:
     pack(model, arguments.out, **kept)
     size, counted = arguments.out.stat().st_size, 4 * score(model, "O3").params
     print(f"{arguments.out}: {size:,} bytes, {size / counted:.4f} x the {counted:,.0f} that the score counts")
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise StudyError(f"{path} is not a JSON file ({error}); correct it") from error
 
 
 def _file(path: Path) -> Path:

@@ -71,6 +71,18 @@ def read_text(path: str | os.PathLike, most: int = 2**27) -> str:
         raise StudyError(f"{path} is not UTF-8 text ({reason(error)}); use another copy") from error
 
 
+def read_json(path: str | os.PathLike, remedy: str = "use another copy") -> dict:
+    """The JSON object that a file holds; StudyError as :func:`read_text`, and for anything else."""
+    text = read_text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path} is not JSON ({reason(error)}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise StudyError(f"{path} is not JSON of names and values; {remedy}")
+    return found
+
+
 def append_line(path: str | os.PathLike, line: str) -> None:
     """Add a line to a text file that is no link, made if it is not there; StudyError if that fails."""
     try:

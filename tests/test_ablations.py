@@ -340,7 +340,7 @@ def test_other_code_computes_a_grid_anew(tiny, tmp_path, monkeypatch):
 
 def test_a_file_of_runs_that_cannot_be_read_is_named(tiny, tmp_path):
     (tmp_path / "smoke_runs.json").write_text("{")
-    with pytest.raises(StudyError, match=r"smoke_runs\.json cannot be read .* remove it or restore it"):
+    with pytest.raises(StudyError, match=r"smoke_runs\.json is not JSON .* remove it or restore it"):
         run_ablations(tiny(), load_grid(tiny(), seeds=[0]), tmp_path, progress=False)
 
 

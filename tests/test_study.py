@@ -66,9 +66,11 @@ def test_metrics_of_one_notebook_replace_only_its_own(study):
 
 
 def test_a_broken_metrics_file_is_refused_not_overwritten(study):
-    (study.folder / "metrics.json").write_text("{")
-    with pytest.raises(StudyError, match="is not JSON; remove it"):
-        study.record("01", images=3)
+    for content, told in {"{": "is not JSON .*; remove it", "[]": "of names and values; remove it"}.items():
+        (study.folder / "metrics.json").write_text(content)
+        with pytest.raises(StudyError, match=told):
+            study.record("01", images=3)
+        assert (study.folder / "metrics.json").read_text() == content
 
 
 @pytest.mark.parametrize("run", ["", "../elsewhere", "a b", ".hidden"])

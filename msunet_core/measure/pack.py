@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.images import MEAN, STD
 from ..errors import StudyError
-from ..files import atomic_path, read_text
+from ..files import atomic_path, read_json
 from ..model.precision import apply_opt_level
 from ..model.ternary import TernaryConv2d, ternary_scale
 from .packed_format import (
@@ -240,15 +240,11 @@ def provenance_of(checkpoint: str | Path, info: dict) -> dict:
     folder = Path(checkpoint).resolve().parent
     for path in (folder / "provenance.json", folder.parent / "provenance.json"):
         try:
-            run = json.loads(read_text(path))
-        except (ValueError, RecursionError):
+            run = read_json(path)
+        except StudyError:
             continue
-        if isinstance(run, dict):
-            kept |= {
-                name: run[name] for name in ("command", "profile", "seed", "wall_seconds") if name in run
-            }
-            git = run.get("git")
-            commit = git.get("commit") if isinstance(git, dict) else None
-            kept |= {"hardware": run.get("hardware"), "commit": commit}
-            break
+        kept |= {name: run[name] for name in ("command", "profile", "seed", "wall_seconds") if name in run}
+        git = run.get("git")
+        commit = git.get("commit") if isinstance(git, dict) else None
+        return kept | {"hardware": run.get("hardware"), "commit": commit}
     return kept

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -19,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import StudyError
-from ..files import atomic_write, lock_folder
+from ..files import atomic_write, lock_folder, read_json
 from ..training.interrupt import terminable
 from ..training.records import Progress, shown_progress
 from .grid import Grid
@@ -101,7 +102,9 @@ def run_ablations(
     with lock_folder(out / profile.name):
         todo = plan(grid, source_of(profile), out / profile.name)
         path, kept = (out / f"{profile.name}_{what}.json" for what in ("provenance", "runs"))
-        made, before = _made(profile, grid, todo), _read_provenance(path)
+        made, before = _made(profile, grid, todo), {}
+        with contextlib.suppress(StudyError):  # not there yet, or of no use
+            before = read_json(path)
         others = [part for part in ("budget", "data") if before.get(part, made[part]) != made[part]]
         if others and not replace:
             raise StudyError(
@@ -134,7 +137,7 @@ def read_results(out: str | Path, name: str) -> Results:
             pd.read_csv(out / f"{name}{suffix}.csv", dtype=kinds, keep_default_na=False, na_values=[""])
             for suffix in ("", "_seeds", "_curves")
         ]
-        return Results(*tables, json.loads((out / f"{name}_provenance.json").read_text()))
+        return Results(*tables, read_json(out / f"{name}_provenance.json"))
     except (OSError, ValueError) as error:
         raise StudyError(
             f"{out}/{name}*.csv cannot be read ({error}); make ablations PROFILE={name}"
@@ -266,14 +269,6 @@ def _made(profile: Profile, grid: Grid, todo: Plan) -> dict:
         "data": data.fingerprint,
         "code": code_of_runs(),
     }
-
-
-def _read_provenance(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _provenance(made: dict, before: dict, todo: Plan, results: dict, began: float, ran: int) -> dict:

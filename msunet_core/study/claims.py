@@ -8,7 +8,6 @@ so instead of a result.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy import stats
 from torch import nn
 
 from ..errors import StudyError, reason
-from ..files import ROOT
+from ..files import ROOT, read_json
 from ..measure.scoring import (
     REFERENCE_FLOPS,
     REFERENCE_PARAMS,
@@ -113,7 +112,7 @@ def load_shipped(runs: Path = ROOT / "runs") -> Shipped | None:
         if (folder / f"{stage}_history.csv").is_file()
     }
     written = folder / "provenance.json"
-    provenance = json.loads(written.read_text()) if written.is_file() else {}
+    provenance = read_json(written) if written.is_file() else {}
     return Shipped(model, info, score(model, "O3"), histories, provenance, path)
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from ..errors import StudyError
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from ..training.stages import CHECKPOINT
 from .grid_runs import RESULT, Plan, Run, code_of_runs, key_of
 
@@ -20,8 +20,8 @@ FIELDS = {"tests", "curve", "seconds", "cpu", "threads", "commit", "code"}
 def finished(run: Run, levels: tuple[str, ...]) -> dict | None:
     """What a run came to, where its folder says so, by the code of now and at these opt levels."""
     try:
-        return _tested(json.loads((run.folder / RESULT).read_text()), levels)
-    except (OSError, ValueError):  # not there, or cut off by who copied it
+        return _tested(read_json(run.folder / RESULT), levels)
+    except StudyError:  # not there, or cut off by who copied it
         return None
 
 
@@ -71,15 +71,7 @@ def keep_results(todo: Plan, kept: Path) -> None:
 
 
 def _read(kept: Path) -> dict:
-    try:
-        lines = json.loads(kept.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{kept} cannot be read ({error}); remove it or restore it from git") from error
-    if not isinstance(lines, dict):
-        raise StudyError(f"{kept} is not a table of runs; remove it or restore it from git")
-    return lines
+    return read_json(kept, "remove it or restore it from git") if kept.exists() else {}
 
 
 def _tested(result: object, levels: tuple[str, ...]) -> dict | None:

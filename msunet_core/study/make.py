@@ -26,7 +26,7 @@ import nbformat
 
 from ..data.sources import SOURCES, load_data
 from ..errors import StudyError, one_line, reason
-from ..files import ROOT, atomic_write, lock_folder, read_text
+from ..files import ROOT, atomic_write, lock_folder, read_json, read_text
 from ..measure.unpack import SHIPPED
 from ..training.code import PACKAGE, code_digest
 from ..training.stages import resolve_device
@@ -265,12 +265,10 @@ def render(request: Request) -> None:
 
 
 def _read_made(folder: Path) -> dict:
-    path = folder / MADE
     try:
-        made = json.loads(read_text(path)) if path.is_file() else {}
-    except (ValueError, RecursionError):  # of no use: everything is made anew, stages go on
-        made = {}
-    return made if isinstance(made, dict) else {}
+        return read_json(folder / MADE)
+    except StudyError:  # not there, or of no use: everything is made anew, stages go on
+        return {}
 
 
 def _write_made(folder: Path, made: dict) -> None:

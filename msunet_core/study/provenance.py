@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import StudyError
-from ..files import ROOT, atomic_write, read_text
+from ..files import ROOT, atomic_write, read_json
 from ..memory import usable_cores
 from .profile import load_profile
 
@@ -72,8 +72,8 @@ def _mark(path: Path) -> tuple[int, int] | None:
 def _kept(path: Path, name: str, empty: dict | list) -> dict | list:
     """An entry of a provenance.json; ``empty`` where there is none yet, or a file of no use."""
     try:
-        found = json.loads(read_text(path))[name]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = read_json(path)[name]
+    except (StudyError, KeyError):
         return empty
     return found if isinstance(found, type(empty)) else empty
 

@@ -23,7 +23,7 @@ import matplotlib
 import nbformat
 
 from ..errors import StudyError, failure, one_line, reason
-from ..files import ROOT, write_fault
+from ..files import ROOT, read_json, write_fault
 from . import pages
 from .claims import EVIDENCE, claims, load_shipped
 from .profile import Profile
@@ -239,15 +239,7 @@ def _offer(folder: Path, notebooks: dict, downloads: Path) -> None:
 
 def _read(path: Path) -> dict:
     """The JSON object at `path`; empty while no notebook has come so far."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise StudyError(
-            f"{path} is not JSON ({reason(error)}); remove it and run its notebook again"
-        ) from error
-    return content if isinstance(content, dict) else {}
+    return read_json(path, "remove it and run its notebook again") if path.exists() else {}
 
 
 def _text(path: Path) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..data.images import ImageData
 from ..data.sources import CIFAR100_CLASSES, load_data
 from ..errors import StudyError
-from ..files import ROOT, atomic_path, atomic_write, read_text, write_fault
+from ..files import ROOT, atomic_path, atomic_write, read_json, write_fault
 from ..measure.unpack import is_shipped, load_network, shipped
 from ..model.checkpoint import load_checkpoint, read_momentum
 from ..model.network import build_msunet
@@ -174,10 +174,7 @@ class Study:
     def record(self, section: str, **numbers) -> None:
         """Put measured numbers into ``metrics.json`` under a section, replacing what it held."""
         path = self.folder / "metrics.json"
-        try:
-            metrics = json.loads(read_text(path)) if path.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise StudyError(f"{path} is not JSON; remove it and run the notebooks again") from error
+        metrics = read_json(path, "remove it and run the notebooks again") if path.exists() else {}
         metrics[section] = numbers
         if self._data is not None:
             source = Path(self.profile.data.source).name

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import StudyError
-from ..files import atomic_path, atomic_write, read_text
+from ..files import atomic_path, atomic_write, read_json
 from ..training.records import epoch_seconds
 from .provenance import without_folders
 
@@ -32,11 +32,8 @@ def check_finished(run: Path) -> dict:
     missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
-    try:
-        provenance = json.loads(read_text(run / "provenance.json"))
-    except (ValueError, RecursionError):
-        provenance = None
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), dict):
+    provenance = read_json(run / "provenance.json", "run notebook 03 there")
+    if not isinstance(provenance.get("parameters"), dict):
         raise StudyError(f"{run}/provenance.json was written by no run; run notebook 03 there")
     return provenance
 
