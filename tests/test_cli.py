@@ -136,7 +136,9 @@ def test_a_packed_file_keeps_the_provenance_that_is_given(capsys, new_network, t
     told, out = tmp_path / "provenance.json", tmp_path / "net.safetensors"
     pack(new_network(), tmp_path / "source.safetensors")
     command = ["pack", str(tmp_path / "source.safetensors"), str(out), "--provenance", str(told)]
-    assert "provenance.json is not JSON" in error_of(capsys, *command)
+    assert "provenance.json: no such file" in error_of(capsys, *command)
+    told.write_text("[]")
+    assert "provenance.json is not JSON of names and values; correct it" in error_of(capsys, *command)
     told.write_text('{"command": "make"}')
     assert main([*command, "--no-merge"]) == 0
     assert "that the score counts" in capsys.readouterr().out
