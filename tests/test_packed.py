@@ -395,7 +395,7 @@ def test_what_no_packer_stores_is_refused(new_network, tmp_path, monkeypatch):
     values = refusal(forged(path, lambda about, streams: streams["half"].__setitem__(0, 0.0)))
     assert "stores zeros of conv_stem as values" in values
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "SPARSE_FROM", 0.6)
+        patch.setattr(pack_module, "float_letter", lambda zeros, is_linear: "D")
         with pytest.raises(StudyError, match=r"calls conv_stem D, of which 50\.0% are zeros"):
             pack(model, path)
     model.bn2.running_var[0] = -1.0

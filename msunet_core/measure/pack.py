@@ -20,9 +20,9 @@ from .packed_format import (
     DIGEST_AT,
     FORMAT,
     MAX_HEADER,
-    SPARSE_FROM,
     STREAMS,
     digest_of,
+    float_letter,
     norm_parts,
 )
 from .packed_reader import Reader
@@ -132,8 +132,7 @@ def letter_of(layer: nn.Module) -> str:
     if isinstance(layer, TernaryConv2d):
         return "B" if layer.weights == "binary" else "T"
     zeros = 1.0 - layer.weight.count_nonzero().item() / layer.weight.numel()
-    # A linear layer counts as dense however many zeros it has.
-    return "S" if isinstance(layer, nn.Conv2d) and zeros >= SPARSE_FROM else "D"
+    return float_letter(zeros, isinstance(layer, nn.Linear))
 
 
 def _merge(model: nn.Module, half: nn.Module, values: dict[str, Tensor]) -> None:

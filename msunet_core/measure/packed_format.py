@@ -69,6 +69,11 @@ def digest_of(content: bytes) -> bytes:
     return digest.hexdigest().encode()
 
 
+def float_letter(zeros: float, is_linear: bool) -> str:
+    """S or D of a layer of float weights with that share of zeros; the score counts a linear one as dense."""
+    return "S" if zeros >= SPARSE_FROM and not is_linear else "D"
+
+
 def norm_parts(merged: bool, kind: str) -> tuple[str, ...]:
     """The vectors that a batch norm behind a layer of this kind keeps."""
     if not merged:

@@ -23,9 +23,9 @@ from .packed_format import (
     KINDS,
     MAX_HEADER,
     NETWORK_KEYS,
-    SPARSE_FROM,
     STREAMS,
     digest_of,
+    float_letter,
     norm_parts,
 )
 
@@ -200,7 +200,7 @@ class Reader:
         else:
             weight = take.half(count)
         zeros = 1.0 - np.count_nonzero(weight) / count
-        if kind in "SD" and kind != ("S" if zeros >= SPARSE_FROM and not layer.is_linear else "D"):
+        if kind in "SD" and kind != float_letter(zeros, layer.is_linear):
             raise self.refuse(f"calls {layer.name} {kind}, of which {zeros:.1%} are zeros")
         found = {"weight": weight.reshape(layer.shape)}
         return {**found, "bias": take.half(layer.shape[0])} if layer.has_bias else found
