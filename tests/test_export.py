@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from msunet_core import StudyError, apply_opt_level, evaluate
+from msunet_core.files import ROOT
 from msunet_core.measure.evaluation import accuracy, class_scores
 from msunet_core.measure.export import OnnxNetwork, export_onnx, milliseconds, plain_network
 from msunet_core.measure.pack import pack
@@ -32,6 +33,7 @@ def test_a_network_at_another_level_is_refused(new_network, tmp_path):
 def test_onnxruntime_gives_the_same_answers_for_any_number_of_images(new_network, images, tmp_path):
     model = unpack(pack(new_network(), tmp_path / "net.safetensors"), "O0")
     network = OnnxNetwork(export_onnx(model, tmp_path / "net.onnx"))
+    assert str(ROOT).encode() not in (tmp_path / "net.onnx").read_bytes(), "published with the site"
     scores = network.class_scores(images.test_images)
     torch.testing.assert_close(scores, class_scores(model, images.test_images), rtol=1e-4, atol=1e-5)
     assert torch.equal(scores.argmax(1), class_scores(model, images.test_images).argmax(1))

@@ -66,16 +66,17 @@ def export_onnx(model: nn.Module, path: str | Path) -> Path:
     example = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with atomic_path(path) as temporary, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about PyTorch's own insides
-        torch.onnx.export(
+        program = torch.onnx.export(
             network,
             (example,),
-            temporary,
             input_names=["images"],
             output_names=["scores"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
             verbose=False,
         )
+        for node in program.model.graph:
+            node.metadata_props.clear()  # where on this machine the code lies that called each operation
+        program.save(temporary, external_data=False)
     return Path(path)
 
 
