@@ -23,7 +23,7 @@ VARIANT := # v1, v2 or v3
 SET := # any other value of the profile, as "train.epochs=3 prune.lr=1e-3"
 CHECKPOINT := # for score, validate, pack: a file, or the folder of a stage
 OPT_LEVEL := # for score, validate: O0, O1, O2 or O3
-OUT := # for pack: the file to write
+OUT := # for pack: the file to write; for ablations, pretrained: the folder
 JOBS := # for ablations: processes at once (default: as many as cores)
 SCHEDULER := # for ablations: a running Dask cluster, tcp://...
 PORT := # for lab: where it listens (default: the first free one from 8888 on)

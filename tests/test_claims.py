@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ from msunet_core.study.claims import (
     claims,
     load_shipped,
     record_claim,
+    shipped_beside,
     wilson,
 )
 from msunet_core.study.published import FIRST_LOSSES
@@ -113,6 +116,34 @@ def test_a_history_that_is_none_is_refused(tmp_path, text, said):
     (tmp_path / "history.csv").write_text(text)
     with pytest.raises(StudyError, match=said):
         record_claim(tmp_path / "history.csv")
+
+
+def test_networks_of_smaller_budgets_are_found_beside_the_shipped_one(tmp_path):
+    assert load_shipped(tmp_path) is None and shipped_beside(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    shutil.copyfile(load_shipped().path, tmp_path / "a" / "msunet_v3.safetensors")
+    (one,) = shipped_beside(tmp_path)
+    assert load_shipped(tmp_path) is None
+    assert (one.score.value, one.epochs, one.path.parent.name) == (load_shipped().score.value, 0, "a")
+
+
+def test_the_course_of_a_network_goes_over_its_stages_and_keeps_the_tested_epochs():
+    nan = math.nan
+    stand_in = dataclasses.replace(
+        load_shipped(),
+        histories={
+            "train": pd.DataFrame({"epoch": [0, 1, 2], "test_top1": [nan, 50.0, 60.0]}),
+            "prune": pd.DataFrame({"epoch": [0, 1], "test_top1": [nan, 58.0]}),
+        },
+        provenance={"epoch_seconds": {"train": [1800, 1800, 3600], "prune": [900, 900]}},
+    )
+    course = stand_in.course()
+    assert course["stage"].tolist() == ["train", "train", "prune"]
+    assert course["epochs"].tolist() == [2, 3, 5]
+    assert course["hours"].tolist() == [1.0, 2.0, 2.5]
+    assert course["top1"].tolist() == [50.0, 60.0, 58.0]
+    untimed = dataclasses.replace(stand_in, provenance={"epoch_seconds": {"train": [1800, 1800, 3600]}})
+    assert untimed.course()["hours"].tolist() == pytest.approx([1.0, 2.0, nan], nan_ok=True)
 
 
 @pytest.mark.slow

@@ -452,6 +452,27 @@ def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_pa
     }
 
 
+def test_a_run_is_shipped_into_the_folder_that_is_named(checkout, monkeypatch):
+    finished_run(checkout.folder / "runs/cpu2h")
+    commands = []
+    monkeypatch.setattr(make.subprocess, "run", lambda command, check: commands.append(command[3:]) or Done)
+    monkeypatch.setattr(make.os, "execv", lambda _, command: commands.append(command[3:]))
+    with lock_folder(checkout.folder / "runs/cpu2h"), pytest.raises(StudyError, match="is in use"):
+        make.run("pretrained", make.Request({"RUN": "cpu2h", "DATA": "d.npz", "OUT": "two"}, "pretrained"))
+    assert commands == []
+    make.run("pretrained", make.Request({"RUN": "cpu2h", "DATA": "d.npz", "OUT": "two"}, "pretrained"))
+    assert commands == [
+        ["pack", "runs/cpu2h/prune", "two/msunet_v3.safetensors", "--data=d.npz"],
+        ["validate", "two/msunet_v3.safetensors", "--data=d.npz", "--out=two/levels.csv"],
+    ]
+    assert {path.name for path in Path("two").iterdir()} == {*ship.EVIDENCE.values(), "provenance.json"}
+    assert not Path("runs/pretrained").exists()
+
+
+class Done:
+    returncode = 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"git": {}}', '{"parameters": []}'])
 def test_shipping_a_run_with_a_provenance_of_no_use_is_refused(tmp_path, content):
     finished_run(tmp_path / "run")

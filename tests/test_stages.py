@@ -36,6 +36,7 @@ from msunet_core.fast import library
 from msunet_core.measure.evaluation import accuracy, class_scores
 from msunet_core.model.checkpoint import DAMAGED, read_checkpoint, read_momentum, save_checkpoint
 from msunet_core.model.ternary import ternary_layers
+from msunet_core.training.records import epoch_seconds
 from msunet_core.training.stages import CHECKPOINT
 
 STAGES = {
@@ -758,3 +759,19 @@ def test_each_epoch_leaves_a_row_for_each_ternary_layer(images, new_network, rec
         signs = layer.signs()
         assert last.loc[name, "zeros"] == (signs == 0).double().mean().item()
         assert last.loc[name, "empty_channels"] == (signs.abs().sum((1, 2, 3)) == 0).double().mean().item()
+
+
+def test_seconds_of_an_epoch_are_those_of_its_sittings_without_the_pauses(tmp_path):
+    assert epoch_seconds(tmp_path) == {}
+    (tmp_path / "log.txt").write_text(
+        "2026-11-24 10:00:00 train: start: {}\n"
+        "2026-11-24 10:01:30 train: epoch 0: lr 0.1, test_top1 nan, 90.2 s\n"
+        "2026-11-24 10:02:00 train: stopped by SIGTERM at epoch 1, step 3\n"
+        "2026-11-25 09:00:00 train: resume at epoch 1, step 3\n"
+        "2026-11-25 09:00:10 train: stopped by SIGINT at epoch 1, step 4\n"
+        "2026-11-25 11:00:00 train: resume at epoch 1, step 4\n"
+        "2026-11-25 11:00:00 train: other threads than before\n"
+        "2026-11-25 11:01:00 train: epoch 1: lr 0.05, test_top1 50, 59.5 s\n"
+        "2026-11-25 11:02:00 train: epoch 2: lr 0.01, test_top1 nan, 60.0 s\n"
+    )
+    assert epoch_seconds(tmp_path) == {0: 90.2, 1: 30 + 10 + 59.5, 2: 60.0}

@@ -8,6 +8,7 @@ so instead of a result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,22 @@ class Shipped:
         """Epochs of all stages together."""
         return sum(map(len, self.histories.values()))
 
+    def course(self) -> pd.DataFrame:
+        """Top-1 over all stages: ``stage``, ``epochs`` and ``hours`` spent, ``top1`` (%); a row where tested.
+
+        Hours are NaN where the provenance has not the seconds of each epoch.
+        """
+        parts, seconds = [], self.provenance.get("epoch_seconds", {})
+        for stage, history in self.histories.items():
+            spent = seconds.get(stage, ())
+            if len(spent) != len(history):
+                spent = [math.nan] * len(history)
+            parts.append(pd.DataFrame({"stage": stage, "hours": spent, "top1": history["test_top1"]}))
+        course = pd.concat(parts, ignore_index=True)
+        course["hours"] = course["hours"].cumsum(skipna=False) / 3600
+        course["epochs"] = course.index + 1
+        return course.dropna(subset="top1")
+
     @property
     def top1(self) -> tuple[float, float, float] | None:
         """Measured top-1 in percent and its 95 % interval; None where the file has none."""
@@ -99,9 +116,11 @@ class Shipped:
         return found["top1"], *wilson(found["top1"] / 100, found["images"])
 
 
-def load_shipped(runs: Path = ROOT / "runs") -> Shipped | None:
-    """What ``runs/pretrained`` holds; None where no network is shipped."""
-    folder = runs / "pretrained"
+PRETRAINED = ROOT / "runs" / "pretrained"
+
+
+def load_shipped(folder: Path = PRETRAINED) -> Shipped | None:
+    """What a folder that `make pretrained` filled holds; None where no network is."""
     path = folder / "msunet_v3.safetensors"
     if not path.is_file():
         return None
@@ -114,6 +133,12 @@ def load_shipped(runs: Path = ROOT / "runs") -> Shipped | None:
     written = folder / "provenance.json"
     provenance = read_json(written) if written.is_file() else {}
     return Shipped(model, info, score(model, "O3"), histories, provenance, path)
+
+
+def shipped_beside(folder: Path = PRETRAINED) -> list[Shipped]:
+    """The networks in folders of that folder: of smaller budgets, to compare with."""
+    found = (load_shipped(path.parent) for path in sorted(folder.glob("*/msunet_v3.safetensors")))
+    return [one for one in found if one]
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -130,7 +155,7 @@ def claims(runs: Path = ROOT / "runs", shipped: Shipped | None = None) -> list[C
 
     Raises StudyError for evidence that cannot be read.
     """
-    shipped = shipped or load_shipped(runs)
+    shipped = shipped or load_shipped(runs / "pretrained")
     fresh = [_fresh(seed) for seed in range(SEEDS)]
     return [
         _accuracy(shipped),

@@ -67,7 +67,7 @@ TARGETS = {
 }
 # What builds the site, and what the site shows besides a run: files of the checkout.
 SITE = tuple(f"study/{name}.py" for name in ("claims", "markup", "pages", "report", "shipped_page", "web"))
-EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*")
+EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*", "runs/pretrained/*/*")
 EVIDENCE += (*ABLATIONS, "runs/recipes/*.csv", "runs/record/*.csv")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
@@ -91,6 +91,11 @@ class Request:
         shown = {name: Path(value).name if name in FILES else value for name, value in self.given.items()}
         typed_values = [shlex.quote(f"{name}={value}") for name, value in shown.items()]
         self.command = " ".join(["make", goals, *typed_values])
+
+    @property
+    def shipped(self) -> Path:
+        """The folder that `make pretrained` fills."""
+        return Path(self.given.get("OUT") or SHIPPED.parent)
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -287,7 +292,8 @@ def command_line(target: str, request: Request) -> list[str]:
         if name not in given:
             raise StudyError(f"give {name}=..., for example {name}={examples.get(name, 'smoke.safetensors')}")
     if target == "pretrained":
-        return ["pack", str(request.folder / "prune"), str(SHIPPED), f"--data={given['DATA']}"]
+        network = request.shipped / SHIPPED.name
+        return ["pack", str(request.folder / "prune"), str(network), f"--data={given['DATA']}"]
     if target == "ablations":
         for name in ("VARIANT", "SEED", "RUN"):
             if name in given:
@@ -322,11 +328,13 @@ def run(target: str, request: Request) -> int:
     command = [sys.executable, "-m", "msunet_core", *command_line(target, request)]
     if target == "pretrained":
         check_finished(request.folder)
-        if status := subprocess.run(command, check=False).returncode:
-            return status
-        ship(request.folder, SHIPPED.parent)
-        levels = SHIPPED.with_name("levels.csv")
-        command[3:] = ["validate", str(SHIPPED), f"--data={request.given['DATA']}", f"--out={levels}"]
+        with lock_folder(request.folder, request.command):
+            request.shipped.mkdir(parents=True, exist_ok=True)
+            if status := subprocess.run(command, check=False).returncode:
+                return status
+            ship(request.folder, request.shipped)
+        network, levels = request.shipped / SHIPPED.name, request.shipped / "levels.csv"
+        command[3:] = ["validate", str(network), f"--data={request.given['DATA']}", f"--out={levels}"]
     # In this process's place, so that Ctrl-C and SIGTERM reach what has something to save.
     sys.stdout.flush()
     sys.stderr.flush()

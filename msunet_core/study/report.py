@@ -25,7 +25,7 @@ import nbformat
 from ..errors import StudyError, failure, one_line, reason
 from ..files import ROOT, read_json, write_fault
 from . import pages
-from .claims import EVIDENCE, claims, load_shipped
+from .claims import EVIDENCE, claims, load_shipped, shipped_beside
 from .profile import Profile
 from .provenance import without_folders
 from .shipped_page import shipped_parts
@@ -115,7 +115,7 @@ def _stage(folder: Path, notebooks: dict[str, nbformat.NotebookNode], source: Pa
 
         (source / "_static" / "msunet_v3.js").write_text(network_script(shipped.path))
     with matplotlib.rc_context({"backend": "Agg"}):
-        parts = shipped_parts(shipped, pictures)
+        parts = shipped_parts(shipped, shipped_beside(), pictures)
     _fill(
         source,
         {

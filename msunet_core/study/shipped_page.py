@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,20 +22,24 @@ from .published import published_record
 # Drawn for a column of a phone: 5.2 inches are 500 CSS pixels, shrunk by no more than a third there.
 WIDTH = 5.2
 COLOURS = {"train": "tab:blue", "prune": "tab:orange"}
+COURSES = ("tab:blue", "tab:orange", "tab:green", "tab:red")  # of networks of several budgets
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
 ABSENT = "No network is shipped: `make pretrained` puts one there.\n"
 PARTS_OF_THE_PAGE = ("headline", "budget", "curves", "zeros", "score", "bytes", "provenance")
 
 
-def shipped_parts(shipped: Shipped | None, folder: Path) -> dict[str, str]:
-    """Markdown for the places of ``docs/shipped.md``; pictures go to ``folder`` as SVG."""
+def shipped_parts(shipped: Shipped | None, beside: list[Shipped], folder: Path) -> dict[str, str]:
+    """Markdown for the places of ``docs/shipped.md``; pictures go to ``folder`` as SVG.
+
+    beside : networks of smaller budgets, to compare with
+    """
     if shipped is None:
         return {**{f"shipped_{part}": ABSENT for part in PARTS_OF_THE_PAGE}, "headline": ABSENT}
     return {
-        "headline": _headline(shipped)
+        "headline": _headline(shipped, beside)
         + "\nMore, with its curves, zeros and bytes: [the shipped network](shipped.md).\n",
-        "shipped_headline": _headline(shipped),
-        "shipped_budget": _budget(shipped, folder),
+        "shipped_headline": _headline(shipped, beside),
+        "shipped_budget": _budget([shipped, *beside], folder),
         "shipped_curves": _curves(shipped, folder),
         "shipped_zeros": _zeros(shipped.model, folder),
         "shipped_score": _score(shipped),
@@ -45,19 +50,30 @@ def shipped_parts(shipped: Shipped | None, folder: Path) -> dict[str, str]:
     }
 
 
-def _headline(shipped: Shipped) -> str:
-    published, own = published_table().loc["MSUNet-v3"], shipped.score
-    accuracy, recipe = shipped.info.get("accuracy") or {}, load_profile("paper")
-    rows = [
-        ("top-1 at O3", f"{published['top1']:.2f} %", f"{accuracy['top1']:.2f} %" if accuracy else "?"),
-        ("top-5 at O3", "", f"{accuracy['top5']:.2f} %" if accuracy else "?"),
-        ("parameters", f"{published['params'] / 1e6:.5f} M", f"{own.params / 1e6:.5f} M"),
-        ("operations", f"{published['flops'] / 1e6:.2f} M", f"{own.flops / 1e6:.2f} M"),
-        ("score", f"{published['score']:.5f}", f"{own.value:.5f}"),
-        ("bytes on the disk", "", f"{shipped.path.stat().st_size:,}"),
-        ("epochs", f"{recipe.train.epochs + recipe.prune.epochs:,}", f"{shipped.epochs:,}"),
+def _headline(shipped: Shipped, beside: list[Shipped]) -> str:
+    published, recipe = published_table().loc["MSUNet-v3"], load_profile("paper")
+    accuracy = shipped.info.get("accuracy") or {}
+    columns = [
+        (
+            "published",
+            *(f"{published['top1']:.2f} %", ""),
+            *(f"{published['params'] / 1e6:.5f} M", f"{published['flops'] / 1e6:.2f} M"),
+            *(f"{published['score']:.5f}", "", f"{recipe.train.epochs + recipe.prune.epochs:,}"),
+        )
     ]
-    words = table(("MSUNet-v3", "published", "shipped here"), rows, numbers=2)
+    for one in (shipped, *beside):
+        measured, counted = one.info.get("accuracy") or {}, one.score
+        columns.append(
+            (
+                "shipped here" if one is shipped else f"beside it: {one.provenance.get('profile', '?')}",
+                *(f"{measured[top]:.2f} %" if measured else "?" for top in ("top1", "top5")),
+                *(f"{counted.params / 1e6:.5f} M", f"{counted.flops / 1e6:.2f} M"),
+                *(f"{counted.value:.5f}", f"{one.path.stat().st_size:,}", f"{one.epochs:,}"),
+            )
+        )
+    names = ("MSUNet-v3", "top-1 at O3", "top-5 at O3", "parameters", "operations", "score")
+    head, *rows = zip((*names, "bytes on the disk", "epochs"), *columns, strict=True)
+    words = table(head, rows, numbers=len(columns))
     if accuracy and accuracy["top1"] < RANKED_FROM:
         words += (
             f"\nA network below {RANKED_FROM:g} % had no rank in the challenge, whatever its "
@@ -73,44 +89,36 @@ def _save(drawn: plt.Figure, folder: Path, name: str) -> str:
     return f"figures/{name}.svg"
 
 
-def _budget(shipped: Shipped, folder: Path) -> str:
-    """Accuracy of the stages one after the other, by epochs beside the published record, and by hours."""
-    if not shipped.histories:
+def _budget(every: list[Shipped], folder: Path) -> str:
+    """Accuracy of each network over its stages, by epochs beside the published record, and by hours."""
+    courses = [(one, one.course()) for one in every if one.histories]
+    if not courses:
         return ABSENT
     record = published_record()
-    seconds = shipped.provenance.get("epoch_seconds", {})
-    timed = all(len(seconds.get(stage, ())) == len(run) for stage, run in shipped.histories.items())
-    drawn, axes = plt.subplots(
-        1 + timed, figsize=(WIDTH, 2.8 * (1 + timed)), layout="constrained", squeeze=False
-    )
-    axes = axes[:, 0]
+    drawn, axes = plt.subplots(2, figsize=(WIDTH, 5.6), layout="constrained")
     axes[0].plot(record["epoch"] + 1, record["top1"], "o-", ms=3, color="0.5", label="published")
-    epochs, hours = 0, 0.0
-    for stage, history in shipped.histories.items():
-        tested = history["test_top1"].notna()
-        look = dict(ms=3, color=COLOURS[stage], label=f"here: {stage}")
-        axes[0].plot(epochs + 1 + history["epoch"][tested], history["test_top1"][tested], "s-", **look)
-        epochs += len(history)
-        if timed:
-            spent = hours + pd.Series(seconds[stage]).cumsum() / 3600
-            axes[1].plot(spent[tested.to_numpy()], history["test_top1"][tested], "s-", **look)
-            hours = spent.iloc[-1]
+    told = []
+    for (one, course), colour in zip(courses, COURSES, strict=False):
+        profile, last = one.provenance.get("profile", "?"), course.iloc[-1]
+        for stage, marker in (("train", "s"), ("prune", "^")):
+            part = course[course["stage"] == stage]
+            look = dict(marker=marker, ms=3, color=colour, label=f"{profile}: {stage}")
+            axes[0].plot(part["epochs"], part["top1"], **look)
+            axes[1].plot(part["hours"], part["top1"], **look)
+        words = f"{profile} reaches {last['top1']:.1f} % in {one.epochs} epochs"
+        told.append(words + ("" if math.isnan(last["hours"]) else f" and {last['hours']:.1f} hours"))
+    hardware = every[0].provenance.get("hardware", {})
     axes[0].set(xlabel="epochs", xscale="log", title="Accuracy by epochs")
-    if timed:
-        axes[1].set(
-            xlabel=f"hours on {shipped.provenance['hardware']['cores']} cores", title="Accuracy by time"
-        )
+    axes[1].set(xlabel=f"hours on {hardware.get('cores', '?')} cores", title="Accuracy by time")
     for ax in axes:
         ax.set(ylabel="top-1 (%)", ylim=(0, 85))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    last = shipped.histories["prune" if "prune" in shipped.histories else "train"]["test_top1"].iloc[-1]
-    words = f"The network shipped here reaches {last:.1f} % in {epochs} epochs"
-    words += f" and {hours:.1f} hours" if timed else ""
+    words = "; ".join(told)
     return figure(
         _save(drawn, folder, "shipped-budget"),
-        f"Top-1 over epochs on a logarithmic axis, the published record beside ours. {words}.",
-        f"What a small budget buys. {words}; before its pruning, the published one took "
+        f"Top-1 over epochs on a logarithmic axis, the published record too, and over hours. {words}.",
+        f"What a small budget buys: {words}; before its pruning, the published network took "
         f"{record['epoch'].max() + 1:,} epochs.",
         "fig-shipped-budget",
     )

@@ -62,13 +62,19 @@ class Records:
 
 
 def epoch_seconds(folder: Path) -> dict[int, float]:
-    """Wall seconds by epoch, as ``log.txt`` of a stage has them; of an epoch that was resumed, since then."""
+    """Wall seconds by epoch, as ``log.txt`` of a stage has them; pauses between its sittings do not count."""
     path = folder / "log.txt"
     log = read_text(path) if path.is_file() else ""
-    return {
-        int(epoch): float(seconds)
-        for epoch, seconds in re.findall(r": epoch (\d+): .*, ([\d.]+) s$", log, re.MULTILINE)
-    }
+    found, before, since = {}, 0.0, None
+    for time, text in re.findall(r"^(\S+ \S+) \w+: (.*)$", log, re.MULTILINE):
+        now = datetime.datetime.fromisoformat(time)
+        if ended := re.match(r"epoch (\d+): .*, ([\d.]+) s$", text):
+            found[int(ended[1])] = before + float(ended[2])  # an epoch's own seconds are those since a resume
+            before = 0.0
+        elif text.startswith("stopped by") and since:
+            before += (now - since).total_seconds()
+        since = now
+    return found
 
 
 def _table(rows: list[dict]) -> str:
