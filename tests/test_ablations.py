@@ -191,7 +191,7 @@ def test_what_is_written_is_what_was_found_and_names_no_path(tiny, tmp_path, mon
         pd.testing.assert_frame_equal(written, own, check_dtype=False, obj=name)
     assert ",".join(found.table) == (
         "choice,value,n,mean,sd,difference,sd_difference,low,high,p,resolved,pairs,"
-        "params,flops,score,score_change,failed"
+        "params,flops,score,score_change,ran_away,failed"
     )
     for path in (tmp_path / "out").glob("smoke*.*"):
         assert str(tmp_path) not in path.read_text(), path
@@ -404,8 +404,11 @@ def test_progress_is_one_line_over_all_rows(tiny, tmp_path):
 # -- tables and pictures ------------------------------------------------------------------------
 
 
-def by_seed(score=None, **rows) -> pd.DataFrame:
-    """Rows by seed of "choice_value": top-1 values; cost 1 and score 0.01 each, or what ``score`` says."""
+def by_seed(score=None, ran_away=None, **rows) -> pd.DataFrame:
+    """Rows by seed of "choice_value": top-1 values; cost 1 and score 0.01 each, or what ``score`` says.
+
+    ran_away : by row, how many layers ran away for each seed (0)
+    """
     table = []
     for name, values in rows.items():
         choice, value = name.split("_")
@@ -413,6 +416,7 @@ def by_seed(score=None, **rows) -> pd.DataFrame:
             table.append(dict(choice=choice, value=value, seed=seed, top1=top1, top5=0, loss=0))
             failed = None if top1 == top1 else "it broke"
             table[-1] |= dict(params=1, flops=1, score=(score or {}).get(name, 0.01), failed=failed)
+            table[-1]["ran_away"] = (ran_away or {}).get(name, [0] * len(values))[seed]
     return pd.DataFrame(table)
 
 
@@ -420,11 +424,12 @@ def test_a_row_is_compared_with_the_first_of_its_factor_on_the_seeds_they_share(
     """b is 1, 2, 3 above a on the seeds that both have; its fourth seed failed."""
     nan = float("nan")
     rows = dict(f_a=[10, 20, 30, 40], f_b=[11, 22, 33, nan], g_c=[50, 60, 70, 80])
-    table = tabulate(by_seed(score={"f_b": 0.008}, **rows))
+    table = tabulate(by_seed(score={"f_b": 0.008}, ran_away={"f_b": [2, 0, 1, 5]}, **rows))
     a, b, c = table.to_dict("records")
     assert (a["n"], a["mean"]) == (4, 25) and pd.isna(a["difference"]) and pd.isna(a["resolved"])
     assert (b["n"], b["mean"], b["difference"], b["sd_difference"], b["p"]) == (3, 22, 2, 1, 2 / 8)
     assert b["score_change"] == -20 and b["pairs"] == 3
+    assert (a["ran_away"], b["ran_away"]) == (0, 2)  # seeds, not layers, and none of what failed
     assert b["failed"] == "1 of 4 seeds, seed 3: it broke"
     assert pd.isna(c["difference"])  # the first of another factor
 

@@ -235,3 +235,19 @@ def test_the_largest_seed_that_is_promised_is_taken():
     assert load_profile(seed=2**63 - 1).seed == 2**63 - 1
     assert load_profile(overrides=[f"seed={2**63 - 1}"]).seed == 2**63 - 1
     refused("seed 9223372036854775808 is outside", seed=2**63)
+
+
+@pytest.mark.parametrize("name", sorted({*profile_names()} - {"evidence"}))
+def test_the_ablations_that_a_notebook_runs_are_short_in_every_profile(name):
+    """Notebook 06 runs 18 trainings; at the budget of `paper` they would take months."""
+    profile = load_profile(name)
+    images = profile.ablation.epochs * 100 * (profile.ablation_limit or 500)
+    assert images <= 5_000 and profile.ablation_width <= 0.25
+
+
+def test_what_a_profile_does_not_say_of_its_ablations_is_short(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("ablation: {epochs: 7}\nablation_limit: null\n")
+    profile = load_profile(str(own), overrides="ablation.lr=0.3")
+    assert (profile.ablation.epochs, profile.ablation.lr, profile.ablation.schedule) == (7, 0.3, "one-cycle")
+    assert (profile.ablation_width, profile.ablation_limit) == (0.25, None)

@@ -36,7 +36,7 @@ from msunet_core.fast import library
 from msunet_core.measure.evaluation import accuracy, class_scores
 from msunet_core.model.checkpoint import DAMAGED, read_checkpoint, read_momentum, save_checkpoint
 from msunet_core.model.ternary import ternary_layers
-from msunet_core.training.records import epoch_seconds
+from msunet_core.training.records import Records, epoch_seconds, ran_away
 from msunet_core.training.stages import CHECKPOINT
 
 STAGES = {
@@ -775,3 +775,19 @@ def test_seconds_of_an_epoch_are_those_of_its_sittings_without_the_pauses(tmp_pa
         "2026-11-25 11:02:00 train: epoch 2: lr 0.01, test_top1 nan, 60.0 s\n"
     )
     assert epoch_seconds(tmp_path) == {0: 90.2, 1: 30 + 10 + 59.5, 2: 60.0}
+
+
+def test_a_layer_ran_away_when_its_spread_grew_tenfold_from_its_least_and_the_log_says_so_once(tmp_path):
+    spreads = {"calm": (1, 1.4, 0.7, 6.9), "shrank": (1, 0.5, 0.1, 0.05), "ran": (1, 0.2, 2.1, 900)}
+    layers = [
+        {"epochs": epochs, "layer": name, "spread": spread[epochs]}
+        for epochs in range(4)
+        for name, spread in spreads.items()
+    ]
+    assert ran_away(layers) == {"ran": 2}
+    assert ran_away(layers[:6]) == {}
+    records = Records(tmp_path, "train", True)
+    for epochs in (1, 2, 3):
+        records.write([], layers[: 3 * (epochs + 1)], None)
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.endswith(" train: ran ran away by epoch 1: its spread of W grew over 10-fold")

@@ -34,7 +34,7 @@ COMPARED = ("difference", "sd_difference", "low", "high", "p")
 MEASURED = ("top1", "top5", "loss", "params", "flops", "score")
 COLUMNS = (
     *("choice", "value", "n", "mean", "sd", *COMPARED, "resolved", "pairs"),
-    *("params", "flops", "score", "score_change", "failed"),
+    *("params", "flops", "score", "score_change", "ran_away", "failed"),
 )
 # Digits of the tables: a hundredth of a percent is one of 10,000 images.
 DIGITS = {
@@ -51,8 +51,9 @@ class Results:
         ``sd`` over them; the ``difference`` to the first level of its factor, pair by pair, in points, with
         its ``sd_difference``, 95 % interval ``low`` .. ``high``, ``p``, whether it is ``resolved`` and of how
         many ``pairs``; ``params``, ``flops`` and ``score``, means over seeds; ``score_change``, in percent of
-        the reference's score; what ``failed``
-    seeds : by row and ``seed``: ``top1``, ``top5``, ``loss``, ``params``, ``flops``, ``score``, ``failed``
+        the reference's score; of how many seeds a ternary layer ``ran_away`` in training; what ``failed``
+    seeds : by row and ``seed``: ``top1``, ``top5``, ``loss``, ``params``, ``flops``, ``score``, how many
+        layers ``ran_away`` in its training, ``failed``
     curves : by row, ``seed`` and ``epoch`` of training: ``train_loss`` (nats), ``top1`` (percent); rows of a
         factor that share their training are one, "v2 = v1"
     provenance : how it was made
@@ -178,12 +179,14 @@ def _by_seed(grid: Grid, todo: Plan, results: dict[Path, dict]) -> pd.DataFrame:
     rows = []
     for place, row in enumerate(grid.rows):
         for seed in grid.seeds:
-            result = results[todo.ends[place, seed].folder]
+            run = todo.ends[place, seed]
+            result, training = results[run.folder], results[(run.start or run).folder]
             tested = result.get("tests", {}).get(row.profile.ablation_opt_level, {})
             rows.append(
                 {
                     **{"choice": row.choice, "value": row.value, "seed": seed},
                     **{name: tested.get(name, math.nan) for name in MEASURED},
+                    "ran_away": training.get("ran_away", math.nan),
                     "failed": result.get("failed"),
                 }
             )
@@ -198,6 +201,7 @@ def tabulate(seeds: pd.DataFrame) -> pd.DataFrame:
         reference = references.setdefault(choice, tested)
         top1, cost = tested["top1"], {name: tested[name].mean() for name in ("params", "flops", "score")}
         line = {"choice": choice, "value": value, "n": len(top1), "mean": top1.mean(), "sd": top1.std()}
+        cost["ran_away"] = (tested["ran_away"] > 0).sum()
         rows.append({**line, **_compared(tested, reference), **cost, "failed": _failures(row)})
     kinds = {**dict.fromkeys((*COMPARED, "score_change"), float), "resolved": "boolean", "failed": str}
     return pd.DataFrame(rows, columns=COLUMNS).astype(kinds).round(DIGITS)

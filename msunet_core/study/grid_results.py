@@ -14,7 +14,7 @@ from ..files import atomic_write, read_json
 from ..training.stages import CHECKPOINT
 from .grid_runs import RESULT, Plan, Run, code_of_runs, key_of
 
-FIELDS = {"tests", "curve", "seconds", "cpu", "threads", "commit", "code"}
+FIELDS = {"tests", "curve", "ran_away", "seconds", "cpu", "threads", "commit", "code"}
 
 
 def finished(run: Run, levels: tuple[str, ...]) -> dict | None:

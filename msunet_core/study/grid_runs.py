@@ -6,6 +6,7 @@ cut off goes on from its last checkpoint. :mod:`.grid_results` knows what is fin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from ..data.images import IMAGE_SIZE, ImageData
@@ -28,7 +30,7 @@ from ..measure.scoring import score
 from ..model.checkpoint import load_checkpoint, read_momentum
 from ..training.code import PACKAGE, code_digest, code_of_training
 from ..training.recipe import StageConfig
-from ..training.records import epoch_seconds
+from ..training.records import epoch_seconds, ran_away
 from ..training.resume import recipe_of
 from ..training.schedules import image_size_of_epoch
 from ..training.stages import CHECKPOINT, prune, train
@@ -182,7 +184,8 @@ def perform(run: Run, levels: tuple[str, ...], before: dict | None, report: Call
     Returns
     -------
     dict of ``tests`` (by level: top1, top5, loss, params, flops, score), ``curve`` (by epoch: train_loss,
-    top1), ``seconds``, ``cpu``, ``threads``, ``commit``, ``code``; or of ``failed``, one line that says why
+    top1), ``ran_away`` (how many of its ternary layers did), ``seconds``, ``cpu``, ``threads``, ``commit``,
+    ``code``; or of ``failed``, one line that says why
     """
     if before and "failed" in before:
         return {"failed": f"its training failed: {before['failed']}"}
@@ -224,6 +227,7 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         "tests": tests,
         # JSON knows no NaN: epochs that were not tested have None.
         "curve": history.astype(object).where(history.notna(), None).to_dict("records"),
+        "ran_away": layers_that_ran_away(run.folder),
         "seconds": round(sum(epoch_seconds(run.folder).values()), 1),  # of all sittings
         "cpu": hardware()["cpu"],
         "threads": torch.get_num_threads(),
@@ -234,6 +238,13 @@ def _perform(run: Run, levels: tuple[str, ...], report: Callable[[float], None])
         run.folder / RESULT, json.dumps(result, indent=1) + "\n"
     )  # last: with it, the run is finished
     return result
+
+
+def layers_that_ran_away(folder: Path) -> int:
+    """How many ternary layers of a stage ran away, by its ``layers.csv``; 0 of a network without any."""
+    with contextlib.suppress(pd.errors.EmptyDataError):
+        return len(ran_away(pd.read_csv(folder / "layers.csv").to_dict("records")))
+    return 0
 
 
 def versions() -> dict:

@@ -20,6 +20,19 @@ from ..model.ternary import WEIGHTS
 from ..training.recipe import StageConfig
 
 PROFILES = Path(__file__).parent / "profiles"
+# What a profile does not say of its ablations is short: a few images, minutes on two cores.
+SHORT_ABLATIONS = {
+    "ablation": {
+        **{"epochs": 2, "lr": 0.1, "schedule": "one-cycle", "warmup_epochs": 1, "warmup_lr": 0.01},
+        **{"alpha_start": 0, "alpha_end": 2},  # of the row whose alpha is ramped
+    },
+    "ablation_prune": {
+        **{"epochs": 1, "lr": 0.01, "schedule": "cosine", "warmup_epochs": 0, "final_lr": 1e-4},
+        "ramp_epochs": 0,
+    },
+    "ablation_width": 0.25,
+    "ablation_limit": 20,
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +67,12 @@ class Profile:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     train: StageConfig = field(default_factory=StageConfig)
     prune: StageConfig = field(default_factory=StageConfig)
-    ablation: StageConfig = field(default_factory=StageConfig)
-    ablation_prune: StageConfig = field(default_factory=StageConfig)
-    ablation_width: float = 1.0
-    ablation_limit: int | None = None  # images per class and split in ablations; None: as data.limit
+    ablation: StageConfig = field(default_factory=lambda: StageConfig(**SHORT_ABLATIONS["ablation"]))
+    ablation_prune: StageConfig = field(
+        default_factory=lambda: StageConfig(**SHORT_ABLATIONS["ablation_prune"])
+    )
+    ablation_width: float = SHORT_ABLATIONS["ablation_width"]
+    ablation_limit: int | None = SHORT_ABLATIONS["ablation_limit"]  # images per class and split; None: all
     ablation_opt_level: str = "O3"  # at which ablations are tested and scored
     expect: dict[str, list[float]] = field(default_factory=dict)
 
@@ -191,6 +206,7 @@ def load_profile(
             f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
         )
     tree = read_yaml(path)
+    tree = _merge(SHORT_ABLATIONS, tree)
     variants = _mapping(tree.pop("variants", None), f"{path}: variants")
     for part in ("network", "data"):
         tree[part] = _mapping(tree.get(part), f"{path}: {part}")

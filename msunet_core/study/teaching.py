@@ -19,10 +19,8 @@ from ..model.ternary import ternarize, ternary_scale
 from ..training.learner import Learner
 from ..training.masters import MasterWeights
 from ..training.recipe import StageConfig
+from ..training.records import ran_away
 from ..training.schedules import learning_rate
-
-# Whose spread left its first value by more than this factor is told by name.
-RAN_AWAY = 2.0
 
 # -- notebook 01: data and CutMix --------------------------------------------------------------
 
@@ -126,7 +124,8 @@ def stability(layers: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     Index ``layer``; ``spread of W`` after the last epoch and ``furthest`` (the factor furthest from 1 that it
-    ever had), both relative to before training; ``zeros`` and ``empty channels`` at the end, as shares.
+    ever had), both relative to before training; ``zeros`` and ``empty channels`` at the end, as shares; the
+    epochs after which it ``ran away`` (:func:`msunet_core.training.records.ran_away`), NaN if it never did.
     """
     spread = layers.pivot(index="epochs", columns="layer", values="spread")
     relative = spread / spread.iloc[0]
@@ -138,6 +137,7 @@ def stability(layers: pd.DataFrame) -> pd.DataFrame:
             "furthest": pd.Series(furthest),
             "zeros": last["zeros"],
             "empty channels": last["empty_channels"],
+            "ran away": pd.Series(ran_away(layers.to_dict("records")), dtype=float),
         }
     )
     return table.loc[last.index]
@@ -146,7 +146,7 @@ def stability(layers: pd.DataFrame) -> pd.DataFrame:
 def told_stability(table: pd.DataFrame) -> str:
     """One sentence about a table of :func:`stability`."""
     factor = table["furthest"]
-    ran = table[(factor > RAN_AWAY) | (factor < 1 / RAN_AWAY)]
+    ran = table.dropna(subset="ran away")
     if ran.empty:
         return (
             f"No layer ran away: relative to before training the spread of W stayed within "
@@ -160,14 +160,12 @@ def told_stability(table: pd.DataFrame) -> str:
     )
     rest = factor.drop(ran.index)
     others = f" The others stayed within {rest.min():.2f} .. {rest.max():.2f}." if len(rest) else ""
-    return f"{len(ran)} of {len(table)} layers ran away from their first spread of W: {names}.{others}"
+    return f"{len(ran)} of {len(table)} layers ran away (× their first spread of W): {names}.{others}"
 
 
 def plot_stability(layers: pd.DataFrame) -> plt.Figure:
     """Spread of W, zeros and empty channels of each ternary layer over epochs; who ran away has a name."""
-    table = stability(layers)
-    factor = table["furthest"]
-    named = set(table.index[(factor > RAN_AWAY) | (factor < 1 / RAN_AWAY)])
+    named = set(stability(layers)["ran away"].dropna().index)
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     for name, rows in layers.groupby("layer", sort=False):
         first = rows["spread"].iloc[0]

@@ -7,9 +7,10 @@ import csv
 import datetime
 import io
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +20,8 @@ from ..files import append_line, atomic_write, read_text
 from .events import Events
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, text
+# A ternary layer whose spread of W grows so many times over has run away; others change by a few times.
+RAN_AWAY = 10.0
 
 
 class Records:
@@ -33,6 +36,7 @@ class Records:
 
     def __init__(self, folder: Path, stage: str, writes: bool):
         self.folder, self.stage, self.writes = folder, stage, writes
+        self.told: set[str] = set()  # layers of which the log says that they ran away
 
     def log(self, line: str) -> None:
         """Append a line with the time to ``log.txt``."""
@@ -48,9 +52,18 @@ class Records:
             print(f"{self.stage}: {one_line(line)}", file=sys.stderr)
 
     def write(self, history: list[dict], layers: list[dict], metrics: dict[str, float] | None) -> None:
-        """Write the tables, each whole or not at all; ``metrics`` only once a stage has ended."""
+        """Write the tables, each whole or not at all; ``metrics`` only once a stage has ended.
+
+        A layer that ran away gets a line in the log, once a sitting.
+        """
         if not self.writes:
             return
+        for name, epochs in ran_away(layers).items():
+            if name not in self.told:
+                self.log(
+                    f"{name} ran away by epoch {epochs - 1}: its spread of W grew over {RAN_AWAY:g}-fold"
+                )
+                self.told.add(name)
         atomic_write(self.folder / "history.csv", _table(history))
         atomic_write(self.folder / "layers.csv", _table(layers))
         if metrics is not None:
@@ -59,6 +72,21 @@ class Records:
     def events(self, first_epoch: int) -> contextlib.AbstractContextManager[Events | None]:
         """TensorBoard's scalars from that epoch on."""
         return Events(self.folder, first_epoch) if self.writes else contextlib.nullcontext()
+
+
+def ran_away(layers: Iterable[Mapping]) -> dict[str, int]:
+    """Ternary layers whose W ran away, each with the epochs after which it had.
+
+    layers : rows of ``layers.csv`` in its order. Run away is a spread of W that is more than ``RAN_AWAY``
+        times the least that it was before (docs/stability.md)
+    """
+    least, found = {}, {}
+    for row in layers:
+        name, spread = row["layer"], row["spread"]
+        if spread > RAN_AWAY * least.get(name, math.inf):
+            found.setdefault(name, row["epochs"])
+        least[name] = min(spread, least.get(name, math.inf))
+    return found
 
 
 def epoch_seconds(folder: Path) -> dict[int, float]:
