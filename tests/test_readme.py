@@ -14,6 +14,7 @@ from msunet_core import score, unpack
 from msunet_core.measure.unpack import SHIPPED
 from msunet_core.model.ternary import layer_statistics
 from msunet_core.study.ablations import read_results
+from msunet_core.training.records import ran_away
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -79,7 +80,7 @@ def test_no_ternary_layer_of_the_shipped_network_froze():
 
 
 def test_the_shipped_files_name_no_path_of_a_machine():
-    for path in sorted(SHIPPED.parent.iterdir()):
+    for path in sorted(path for path in SHIPPED.parent.rglob("*") if path.is_file()):
         found = re.findall(rb"/(?:home|root|tmp|work|usr|opt)/[\w./-]*", path.read_bytes())
         assert not found or path.suffix == ".png", f"{path.name}: {found}"
 
@@ -111,27 +112,62 @@ def _points(difference: float) -> str:
 def test_the_effects_are_those_of_the_evidence():
     table = read_results(ROOT / "runs" / "ablations", "evidence").table
     assert set(table["n"]) == {6} and len(table) == 30
-    (told,) = [p for p in README.split("\n\n") if p.startswith("**What each technique does")]
-    assert f"reaches {table['mean'][0]:.1f} % top-1" in told
+    assert f"reaches {table['mean'][0]:.1f} % top-1" in README
     effects = table.set_index(["choice", "value"])
-    for words, row in {
+    told = dict(
+        re.findall(r"^\| (.+) \| .+ \| ([+−]\d+\.\d\d(?: \(not resolved\))?) \|$", README, re.MULTILINE)
+    )
+    rows = {
         "float weights": ("weights", "float"),
-        "binary ones": ("weights", "binary"),
-        "the gradient of T": ("gradient", "dL/dT"),
+        "binary weights": ("weights", "binary"),
+        "α 0.3": ("alpha", "0.3"),
+        "α 1.0": ("alpha", "1.0"),
+        "gradient dL/dT": ("gradient", "dL/dT"),
         "CutMix": ("CutMix", "on"),
-        "as described": ("consistency", "as described"),
-        "as released": ("consistency", "as released"),
+        "consistency as described": ("consistency", "as described"),
+        "consistency as released": ("consistency", "as released"),
         "random erasing": ("random erasing", "on"),
-        "squeeze-excitation": ("pruner", "V1"),
-        "depthwise weights too": ("pruner", "V2"),
-        "O3 instead of O0": ("opt level", "O3"),
+        "squeeze-excitation pruned": ("pruner", "V1"),
+        "depthwise weights pruned too": ("pruner", "V2"),
+        "the classifier pruned as well": ("pruner", "V3"),
+        "test at O3": ("opt level", "O3"),
         "v2's network": ("variant", "v2"),
-    }.items():
-        points = f"{effects.loc[row, 'difference']:+.1f}".replace("-", "−")
-        said = f"{words} {points}"
-        assert said in told
-        resolved = f"{said} (not resolved)" not in told
-        assert resolved == effects.loc[row, "resolved"], words
+    }
+    effects["not resolved"] = effects["resolved"].map({True: "", False: " (not resolved)"})
+    assert told == {
+        words: f"{effects.loc[row, 'difference']:+.2f}{effects.loc[row, 'not resolved']}".replace("-", "−")
+        for words, row in rows.items()
+    }
+
+
+def test_what_stability_tells_of_layers_that_ran_away_is_what_was_recorded():
+    told = (ROOT / "docs" / "stability.md").read_text()
+    counts = re.findall(r"^  \| (.+) \| (\d) \|$", told, re.MULTILINE)
+    table = read_results(ROOT / "runs" / "ablations", "evidence").table.set_index(["choice", "value"])
+    rows = {
+        "baseline": ("baseline", "v3"),
+        "α 0.3": ("alpha", "0.3"),
+        "α ramped": ("alpha", "ramped"),
+        "α 1.0": ("alpha", "1.0"),
+        "binary": ("weights", "binary"),
+        "dL/dT": ("gradient", "dL/dT"),
+        "CutMix": ("CutMix", "on"),
+        "CutMix, consistency as described": ("consistency", "as described"),
+        "CutMix, consistency as released": ("consistency", "as released"),
+        "random erasing": ("random erasing", "on"),
+        "v1 and v2": ("variant", "v2"),
+    }
+    assert len(counts) == len(rows)
+    for (words, count), (begin, row) in zip(counts, rows.items(), strict=True):
+        assert words.startswith(begin) and int(count) == table.loc[row, "ran_away"], words
+    decay = pd.read_csv(ROOT / "runs" / "recipes" / "decay_layers.csv")
+    assert ran_away(decay.to_dict("records")) == {"blocks.1.0.conv_pw.0": 9}
+    spread = decay.pivot(index="epochs", columns="layer", values="spread")
+    shrunk = spread.loc[8] / spread.loc[0]
+    assert f"between {shrunk.min():.2f} and {shrunk.max():.2f}" in told
+    grown = (spread.loc[9] / spread.loc[8]).max()
+    empty = decay[decay["epochs"] == 9]["empty_channels"].max()
+    assert f"grew {grown:.0f}-fold, and {empty:.0%}".replace("%", " %") in told
 
 
 def test_every_file_that_the_pages_link_exists():
