@@ -12,7 +12,7 @@ from sphinx.util import logging
 
 from msunet_core.study.markup import tame
 
-project = "MSUNet-v3, reproduced"
+project = "MSUNet-v3: a reproduction study"
 author = "the authors of this study"
 language = "en"
 

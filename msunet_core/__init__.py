@@ -1,4 +1,4 @@
-"""MSUNet-v3, reproduced: ternary, pruned, half-precision networks for CIFAR-100 and their score."""
+"""MSUNet-v3: a reproduction study: ternary, pruned, half-precision networks for CIFAR-100 and their score."""
 
 from __future__ import annotations
 
