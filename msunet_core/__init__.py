@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-from .memory import keep_freed_memory, spin_shortly
+from .memory import keep_freed_memory, repeat_exactly, spin_shortly
 
 spin_shortly()  # before PyTorch is loaded
+repeat_exactly()
 keep_freed_memory()  # before the first large tensor
 
 __version__ = "1.0.0"

@@ -184,8 +184,11 @@ def _recorded(folder: Path, profile: Profile) -> contextlib.AbstractContextManag
 def run_grid(arguments: argparse.Namespace) -> None:
     from .study.ablations import run_ablations  # importing SciPy takes a second
 
-    if arguments.only and not arguments.out:
-        raise StudyError("--only makes tables of a part of the grid: give a folder of their own, --out")
+    if not arguments.out:
+        if arguments.only:
+            raise StudyError("--only makes tables of a part of the grid: give a folder of their own, --out")
+        if arguments.grid != GRID:
+            raise StudyError(f"--grid {arguments.grid} is another grid: give a folder for its tables, --out")
     for name, value in (("--variant", arguments.variant), ("--seed", arguments.seed)):
         if value is not None:
             raise StudyError(f"{name} {value}: variants and seeds are the grid's; edit {arguments.grid}")

@@ -237,6 +237,21 @@ def lock_folder(folder: str | os.PathLike, command: str | None = None) -> Iterat
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """Make `folder`, wait until no other process is in here with it, and keep them out meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        raise write_fault(error.filename or folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _take(descriptor: int, folder: Path, command: str) -> None:
     holder = {"pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command}
     try:

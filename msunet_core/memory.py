@@ -35,6 +35,14 @@ def spin_shortly() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
+def repeat_exactly() -> None:
+    """Set CUBLAS_WORKSPACE_CONFIG where the user did not, without which a GPU's matrix products may differ.
+
+    PyTorch looks at it once, before the first product, so a stage that is to be deterministic is too late.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def keep_freed_memory() -> bool:
     """Tell the C library to reuse freed memory; True where that took effect.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -24,7 +26,7 @@ from msunet_core.files import ROOT
 from msunet_core.study import ablations, cluster, grid_results, grid_runs
 from msunet_core.study.ablation_figures import pareto, plot_effects, plot_factor_curves, plot_front
 from msunet_core.study.ablations import read_results, run_ablations, tabulate
-from msunet_core.study.findings import budget_of, claims_beside_findings, of_chance, told
+from msunet_core.study.findings import budget_of, chance_of_resolved, claims_beside_findings, of_chance, told
 from msunet_core.study.grid import GRID, load_grid
 from msunet_core.study.profile import load_profile, profile_names
 from msunet_core.training import resume
@@ -285,9 +287,12 @@ def test_results_travel_without_their_folders_and_only_what_is_added_is_computed
 
 def test_a_run_is_known_whatever_row_asked_for_it_first(tiny, tmp_path, computed):
     """Its folder and its line are called after a row; another order of rows calls it otherwise."""
-    factors = {"weights": FACTORS["weights"], "alpha": {"0.7": {}, "1.0": {"ablation.alpha": 1.0}}}
+    pruned = {"ablation.alpha": 1.0, "ablation_prune.pruner": "V2"}
+    alphas = {"0.7": {}, "1.0": {"ablation.alpha": 1.0}, "1.0, pruned": pruned}
+    factors = {"weights": FACTORS["weights"], "alpha": alphas}
     run_ablations(tiny(), load_grid(tiny(), factors=factors, seeds=[0]), tmp_path, progress=False)
-    other = load_grid(tiny(), factors={"mine": {"b": {"ablation.alpha": 1.0}, "a": {}}}, seeds=[0])
+    mine = {"c": pruned, "b": {"ablation.alpha": 1.0}, "a": {}}
+    other = load_grid(tiny(), factors={"mine": mine}, seeds=[0])
     lines = (tmp_path / "smoke_runs.json").read_text()
     computed.clear()
     run_ablations(tiny(), other, tmp_path, progress=False)
@@ -464,6 +469,16 @@ def test_what_is_resolved_and_what_is_not_are_told_apart_in_the_order_of_the_gri
     assert told(TABLE.iloc[:2], resolved=True) == ["none"]
     # Three comparisons of six pairs, each resolved by chance in 2 of 64.
     assert of_chance(TABLE).startswith("Of these 3 comparisons about 0.1 would")
+
+
+@pytest.mark.parametrize("pairs", [5, 6, 7, 8])
+def test_the_chance_to_be_resolved_is_that_of_random_signs(pairs):
+    """All 2^n signs of differences of which no two are of one size, and p counted over them."""
+    sizes = 2.0 ** np.arange(pairs)
+    signs = np.array(list(itertools.product((-1, 1), repeat=pairs)))
+    means = np.abs((signs * sizes).sum(1))
+    p = np.array([(means >= mean).mean() for mean in means])
+    assert chance_of_resolved(pairs) == pytest.approx((p <= 0.05).mean())
 
 
 def test_resolved_rows_are_filled_the_others_hollow_and_few_seeds_a_cross():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 
 from msunet_core import build_msunet
 from msunet_core.model.network import Block, DepthwiseSeparable, InvertedResidual, SqueezeExcite
+from msunet_core.study.grid_runs import code_of_runs
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import latency
+import same_numbers
 from bandwidth import copy_bandwidth, step_bytes
 from bench import markdown
 from released import TransformedImages, consistency_loss, released_network
+
+ROOT = Path(__file__).parent.parent
 
 
 def both_networks():
@@ -187,3 +192,32 @@ def test_the_table_of_latencies_names_the_better_runtime():
     lines = latency.markdown({"v3": found}).splitlines()
     assert lines[2].startswith("| 1 image, 1 thread | 2.0 (1.0..3.0) ms |") and lines[2].endswith("| 0.50 |")
     assert "| 0.5 s | 6 s |" in lines[3] and "| 391 kB |" in lines[5]
+
+
+# --- the same numbers by other code -------------------------------------------------------------
+
+
+def test_runs_are_the_same_only_where_every_test_and_curve_is():
+    run = {"tests": {"O3": {"top1": 41.2}}, "curve": [{"epoch": 0}], "seconds": 3.0}
+    assert same_numbers.differing({"a": run}, {"a": {**run, "seconds": 9.0}}) == []
+    other = {**run, "tests": {"O3": {"top1": 41.3}}}
+    assert same_numbers.differing({"a": run, "b": run, "c": run}, {"a": other, "b": run, "d": run}) == list(
+        "acd"
+    )
+
+
+def test_only_the_digest_of_the_other_code_is_carried_over(tmp_path):
+    (tmp_path / "x_runs.json").write_text('{"r": {"code": "old", "n": 1}, "s": {"code": "older", "n": 2}}')
+    (tmp_path / "x_provenance.json").write_text('{"code": "old", "commits": ["old"]}')
+    assert same_numbers.carry(str(tmp_path / "x"), "old", "new") == 2
+    assert json.loads((tmp_path / "x_runs.json").read_text())["r"] == {"code": "new", "n": 1}
+    assert "older" in (tmp_path / "x_runs.json").read_text()
+    assert json.loads((tmp_path / "x_provenance.json").read_text()) == {"code": "new", "commits": ["old"]}
+
+
+@pytest.mark.parametrize("results", ["ablations/evidence", "recipes/short"])
+def test_the_committed_results_are_of_this_code(results):
+    """Where this fails: compute them anew, or show with benchmarks/same_numbers.py that they are the same."""
+    runs = json.loads((ROOT / "runs" / f"{results}_runs.json").read_text())
+    made = json.loads((ROOT / "runs" / f"{results}_provenance.json").read_text())
+    assert {made["code"], *(run["code"] for run in runs.values())} == {code_of_runs()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import http.server
 import io
@@ -384,9 +385,19 @@ def test_a_cut_download_is_refused_and_leaves_nothing_that_looks_finished(server
     server.write_bytes(whole[: len(whole) // 2])
     message = refusal("cifar100", cache=cache)
     assert "failed 2 times" in message and str(cache) in message, message
-    assert os.listdir(cache) == []
+    assert os.listdir(cache) == [".lock"]
     server.write_bytes(whole)
     assert load_data("cifar100", cache=cache).num_classes == 100, "the same command then works"
+
+
+def test_processes_that_ask_at_once_download_once(server, tmp_path, monkeypatch):
+    """As under torchrun; threads stand in, since a lock is of the descriptor that each one opens."""
+    downloads, download = [], room._download_cifar100
+    monkeypatch.setattr(room, "_download_cifar100", lambda cache: downloads.append(cache) or download(cache))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(load_data, "cifar100", cache=tmp_path / "data") for _ in range(3)]
+        assert len({one.result().fingerprint for one in asked}) == 1
+    assert len(downloads) == 1
 
 
 def test_a_download_that_fails_once_is_tried_again(server, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 
 from msunet_core import StudyError, apply_opt_level, build_msunet
 from msunet_core.model.precision import WidenHalf
+from msunet_core.model.ternary import layer_statistics
 from msunet_core.training.masters import MasterWeights
 
 
@@ -218,3 +219,23 @@ def test_any_other_value_beyond_fp16_is_refused_by_name(network):
         network.conv_stem.weight[0, 0, 0, 0] = 1e6
     with pytest.raises(StudyError, match=r"conv_stem\.weight holds 1e\+06, beyond 65504"):
         apply_opt_level(network, "O2")
+
+
+def test_a_network_that_could_not_be_cast_is_as_it_was_and_can_be_used_at_o0(network, images):
+    with torch.no_grad():
+        network.classifier.weight[0, 0] = 1e6  # the last one that is cast
+    with pytest.raises(StudyError, match=r"classifier\.weight holds"):
+        apply_opt_level(network, "O3")
+    assert {tensor.dtype for tensor in network.state_dict().values()} <= {torch.float32, torch.int64}
+    assert apply_opt_level(network, "O0")(images).shape[0] == len(images)
+
+
+def test_the_spread_of_half_weights_is_that_of_their_masters(network):
+    masters = MasterWeights(network, "O2")
+    before = {row["layer"]: row["spread"] for row in layer_statistics(network, masters.parameters)}
+    with torch.no_grad():
+        masters.parameters["conv_head.weight"].mul_(2.0**20)  # beyond FP16: the halves are scaled down
+    masters.publish()
+    after = {row["layer"]: row["spread"] for row in layer_statistics(network, masters.parameters)}
+    assert after["conv_head"] == pytest.approx(2.0**20 * before["conv_head"], rel=1e-6)
+    assert layer_statistics(network)[-1]["spread"] < 1e4

@@ -212,10 +212,27 @@ def test_killed_while_the_checkpoint_is_written_the_last_one_is_used(
 def test_a_step_schedule_can_be_continued_for_more_epochs(images, new_network, recipe, tmp_path):
     train(new_network(), images, recipe(epochs=3), tmp_path / "whole", progress=False)
     train(new_network(), images, recipe(epochs=1), tmp_path / "longer", progress=False)
+    assert (tmp_path / "longer" / "metrics.json").exists()
+    with pytest.raises(Killed):
+        train(new_network(), images, recipe(epochs=3), tmp_path / "longer", progress=stop_at(7, Killed))
+    assert not (tmp_path / "longer" / "metrics.json").exists(), "a half-done stage is not finished"
     train(new_network(), images, recipe(epochs=3), tmp_path / "longer", progress=False)
     assert_same(tmp_path / "longer", tmp_path / "whole")
     with pytest.raises(StudyError, match=r"holds 3 epochs and 0 steps, more than epochs 2; raise epochs"):
         train(new_network(), images, recipe(epochs=2), tmp_path / "longer", progress=False)
+
+
+def test_a_cosine_that_begins_anew_can_be_continued_and_tests_may_come_more_often(
+    images, new_network, recipe, tmp_path
+):
+    cosine = dict(schedule="cosine", cycle_epochs=2, milestones=())
+    train(new_network(), images, recipe(epochs=3, **cosine), tmp_path / "whole", progress=False)
+    sparse = recipe(epochs=2, evaluate_every=2, **cosine)
+    train(new_network(), images, sparse, tmp_path / "longer", progress=False)
+    result = train(new_network(), images, recipe(epochs=3, **cosine), tmp_path / "longer", progress=False)
+    whole, longer = (read_checkpoint(tmp_path / name / CHECKPOINT)[0] for name in ("whole", "longer"))
+    assert all(torch.equal(whole[name], longer[name]) for name in whole)
+    assert result.history["test_top1"].isna().tolist() == [True, False, False]
 
 
 def test_a_finished_stage_is_not_run_again_and_gives_the_same_result(images, new_network, recipe, tmp_path):
@@ -342,20 +359,20 @@ def test_random_erasing_of_the_recipe_reaches_the_images(images, new_network, re
 
 
 def test_level_o0_multiplies_no_tf32_and_sets_it_back(images, new_network, recipe, tmp_path):
-    flags, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
-    before = [flag.allow_tf32 for flag in flags]
+    kinds, seen = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), []
+    before = [kind.fp32_precision for kind in kinds]
     try:
-        for flag in flags:
-            flag.allow_tf32 = True
+        for kind in kinds:
+            kind.fp32_precision = "tf32"
         train(
             *(new_network(), images, recipe(epochs=1), tmp_path),
-            progress=lambda *_: seen.extend(flag.allow_tf32 for flag in flags),
+            progress=lambda *_: seen.extend(kind.fp32_precision for kind in kinds),
         )
-        assert all(flag.allow_tf32 for flag in flags)
+        assert [kind.fp32_precision for kind in kinds] == ["tf32", "tf32"]
     finally:
-        for flag, allowed in zip(flags, before, strict=True):
-            flag.allow_tf32 = allowed
-    assert seen and not any(seen)
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+    assert set(seen) == {"ieee"}
 
 
 def test_the_last_incomplete_batch_is_dropped(images, new_network, recipe, tmp_path):
@@ -365,6 +382,18 @@ def test_the_last_incomplete_batch_is_dropped(images, new_network, recipe, tmp_p
         new_network(), images, config, tmp_path, progress=lambda done, total, _: steps.append((done, total))
     )
     assert steps == [(1, 2), (2, 2)]
+
+
+def test_progress_counts_shrunk_images_as_the_share_of_work_that_they_are(
+    images, new_network, recipe, tmp_path
+):
+    """24 images of 16, then of 32 pixels, 12 steps each: 3 steps' worth of whole images, then 12."""
+    seen = []
+    train(
+        *(new_network(), images, recipe(epochs=2, batch_size=2, image_sizes=(16,)), tmp_path),
+        progress=lambda done, total, _: seen.append((done, total)),
+    )
+    assert seen == [(done, 15) for done in (0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, *range(4, 16))]
 
 
 def test_the_history_and_the_events_tell_the_same_curve(images, new_network, recipe, tmp_path):

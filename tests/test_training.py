@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -333,24 +335,27 @@ def test_a_network_that_is_not_fp32_and_level_o3_are_refused(new_network, recipe
         Learner(new_network(), recipe(opt_level="O3"))
 
 
-@pytest.mark.parametrize("workspace", [None, ":16:8"])
-def test_on_a_cpu_deterministic_mode_changes_nothing(monkeypatch, workspace):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    if workspace:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+def test_on_a_cpu_deterministic_mode_changes_nothing():
     with deterministic(torch.device("cpu")):
         assert not torch.are_deterministic_algorithms_enabled()
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+
+
+@pytest.mark.parametrize("given", [None, ":16:8"])
+def test_cublas_is_told_to_repeat_itself_before_pytorch_looks_unless_the_user_says_otherwise(given):
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    environment |= {"CUBLAS_WORKSPACE_CONFIG": given} if given else {}
+    code = "import os, sys, msunet_core; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == [given or ":4096:8", "False"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("workspace", [None, ":16:8"])
-def test_on_a_gpu_deterministic_mode_is_set_and_set_back(monkeypatch, workspace):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    if workspace:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+def test_on_a_gpu_deterministic_mode_is_set_and_set_back():
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     with deterministic(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills

@@ -74,8 +74,8 @@ def cutmix_loss(
     lam: Tensor,
     consistency: str = "as-released",
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The loss of a CutMix batch.
+) -> Tensor:
+    """The loss of a CutMix batch: a 0-d tensor, with gradients through all its terms.
 
     Parameters
     ----------
@@ -87,11 +87,6 @@ def cutmix_loss(
     consistency : "as-released", where a is the already pasted image (an aliasing slip of the released
         code, behind all published numbers); "as-described"; or "off", cross entropy of the mixed images alone
     label_smoothing : share of each target that is spread over all classes, in [0, 1)
-
-    Returns
-    -------
-    loss : 0-d tensor, gradients through all its terms
-    scores : (B, classes) of the mixed images
     """
     partners = images[partner], labels, labels[partner]
     return mixed_loss(model, images, *partners, box, lam, consistency, label_smoothing)
@@ -107,16 +102,20 @@ def mixed_loss(
     lam: Tensor,
     consistency: str = "as-released",
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`cutmix_loss`, the partners given: those of a part of a batch may lie outside of it."""
+) -> Tensor:
+    """As :func:`cutmix_loss`, the partners given: those of a part of a batch may lie outside of it.
+
+    partners : float (B, C, H, W), the b of each image
+    labels, labels_b : int64 (B,), of the images and of their partners
+    """
     if consistency not in CONSISTENCY:
         raise StudyError(f"consistency {consistency!r} is unknown; {closest(consistency, CONSISTENCY)}")
     mix = cutmix(images, partners, box)
     if consistency == "off":
         scores = model(mix)
-        return mixed_cross_entropy(scores, labels, labels_b, lam, label_smoothing), scores
+        return mixed_cross_entropy(scores, labels, labels_b, lam, label_smoothing)
     first_image = mix if consistency == "as-released" else images
     passes = [model(batch) for batch in exchange_thirds(mix, first_image, partners)]
     scores, scores_a, scores_b = restore_thirds(*passes)
     regularizer = F.mse_loss(scores, lam * scores_a + (1 - lam) * scores_b)
-    return mixed_cross_entropy(scores, labels, labels_b, lam, label_smoothing) + regularizer, scores
+    return mixed_cross_entropy(scores, labels, labels_b, lam, label_smoothing) + regularizer

@@ -7,6 +7,7 @@ allocated before the file has shown that it holds as many bytes as its header cl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from ..errors import StudyError, closest, reason, shown
-from ..files import atomic_path, read_bytes, write_fault
+from ..files import atomic_path, read_bytes, taking_turns
 from .images import ARRAYS, IMAGE_SIZE, ImageData
 from .synthetic import make_synthetic
 
@@ -379,14 +380,21 @@ def _load_cifar100(cache: Path) -> dict[str, np.ndarray]:
     cached = cache / "cifar100.npz"
     if cached.exists():
         try:
-            arrays = _load_npz(cached)
-            _check_is_whole(arrays, cached)
-            return arrays
+            return _whole_cifar100(cached)
         except StudyError as error:
             print(f"{error}: making it anew", file=sys.stderr)
-    arrays = _download_cifar100(cache)
-    _check_is_whole(arrays, cache)
-    _write_npz(arrays, cached)
+    with taking_turns(cache):  # torchrun starts several processes that all come here at once
+        with contextlib.suppress(StudyError):  # not there, or still the one of no use
+            return _whole_cifar100(cached)
+        arrays = _download_cifar100(cache)
+        _check_is_whole(arrays, cache)
+        _write_npz(arrays, cached)
+        return arrays
+
+
+def _whole_cifar100(path: Path) -> dict[str, np.ndarray]:
+    arrays = _load_npz(path)
+    _check_is_whole(arrays, path)
     return arrays
 
 
@@ -402,10 +410,6 @@ def _download_cifar100(cache: Path) -> dict[str, np.ndarray]:
     from torchvision.datasets import CIFAR100  # takes a second to import, and only this source needs it
     from torchvision.datasets.utils import check_integrity
 
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_fault(cache, error) from error
     archive = cache / CIFAR100.filename
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_SILENCE)

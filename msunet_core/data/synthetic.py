@@ -17,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import StudyError
+from .normalisation import IMAGE_SIZE
 
-IMAGE_SIZE = 32
 TRAIN_PER_CLASS = 60  # 6,000 images: an epoch is 93 steps of 64, seconds with the narrow network
 TEST_PER_CLASS = 20  # 2,000 images: the standard error of a top-1 near 50 % is 1.1 points
 

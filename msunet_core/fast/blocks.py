@@ -57,6 +57,8 @@ class FastDepthwiseSeparable(DepthwiseSeparable):
     """:class:`DepthwiseSeparable` on the kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
         block = _Block(
             *(None, None, None, self.conv_dw, self.bn1, self.act, None, self.conv_pw, self.bn2, self.has_skip)
         )
@@ -70,6 +72,8 @@ class FastInvertedResidual(InvertedResidual):
     """:class:`InvertedResidual` on the kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
         block = _Block(
             *(self.conv_pw, self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se),
             *(self.conv_pwl, self.bn3, self.has_skip),
@@ -85,6 +89,8 @@ class FastMSUNet(MSUNet):
     """:class:`MSUNet` with its stem and head on the kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
         x = norm_act(self.bn1, self.act1, self.conv_stem(x))
         x = self.blocks(x)
         x = norm_act(self.bn2, self.act2, self.conv_head(x))

@@ -328,7 +328,7 @@ class FastMixedConv2d(MixedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         convs = list(self.values())
         are_equal = len({conv.weight.shape for conv in convs}) == 1 and convs[0].kernel_size == (1, 1)
-        if not are_equal or any(_is_watched(conv) for conv in convs):
+        if x.device.type != "cpu" or not are_equal or any(_is_watched(conv) for conv in convs):
             return super().forward(x)
         if not isinstance(convs[0], TernaryConv2d):
             return F.conv2d(x, torch.cat([conv.weight for conv in convs]), groups=len(convs))

@@ -29,13 +29,13 @@ def class_scores(
 
     Parameters
     ----------
-    model : left as it was; its mode is restored. Or a PackedNetwork, which runs as it lies, at O0
+    model : left as it was, but all of it in one mode. Or a PackedNetwork, which runs as it lies, at O0
     images : uint8 (N, 32, 32, 3)
     opt_level : "O0" .. "O3", evaluated on a copy; None: the model as it is
 
     Returns
     -------
-    float32 (N, classes), on the model's device
+    float32 (N, classes), on the model's device; of a PackedNetwork on the CPU
     """
     if isinstance(model, PackedNetwork):
         if opt_level not in (None, "O0"):

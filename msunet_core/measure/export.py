@@ -100,7 +100,7 @@ class OnnxNetwork:
 
 @torch.no_grad()
 def milliseconds(network: Callable[[Tensor], Tensor], batch: int, repeats: int = 20) -> float:
-    """Median time of ``network`` for a batch of that many images, after two calls that do not count."""
+    """Median time on the CPU of a batch of that many images, after two calls that do not count."""
     images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     times = []
     for _ in range(repeats + 2):

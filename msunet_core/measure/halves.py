@@ -95,7 +95,7 @@ def layer_errors(exact: nn.Module, other: nn.Module, images: Tensor) -> pd.Serie
 
     Parameters
     ----------
-    exact, other : networks with the same modules, at any opt levels; left as they are
+    exact, other : networks with the same modules on the CPU, at any opt levels; left as they are
     images : uint8 (N, 32, 32, 3)
 
     Returns

@@ -119,9 +119,10 @@ class PackedNetwork:
         import torch
 
         from ..data.images import normalise
+        from .evaluation import BATCH_SIZE  # which imports this module
 
         with torch.inference_mode():
-            batches = torch.from_numpy(images.copy()).split(250)
+            batches = torch.from_numpy(images.copy()).split(BATCH_SIZE)
             return torch.cat([self._plain(normalise(batch)) for batch in batches]).numpy()
 
 
@@ -171,8 +172,7 @@ class _Built:
         self, name: str, block: Block, channels: int, outputs: int, size: int, is_separable: bool = False
     ) -> int:
         """A block, given to C++; returns how many channels come out of it."""
-        wide, tensors = channels * block.expand, self.stored.tensors
-        reduced = int(channels * block.se_ratio)
+        wide, reduced, tensors = block.wide(channels), block.reduced(channels), self.stored.tensors
         names = ("conv_pw", "bn2", "bn1") if is_separable else ("conv_pwl", "bn3", "bn2")
         expand = (None,) * 3
         if not is_separable:
@@ -182,7 +182,7 @@ class _Built:
         taps, shift = self.depthwise(f"{name}.conv_dw", len(block.kernels), f"{name}.{names[2]}")
         parts = [f"{name}.se.{layer}.{part}" for layer in ("conv_reduce", "conv_expand") for part in WEIGHTS]
         excitation = [tensors[part] for part in parts] if reduced else (None,) * 4
-        has_skip = block.stride == 1 and channels == outputs
+        has_skip = block.has_skip(channels, outputs)
         self._check(
             self.library.msunet_packed_block(
                 *(self.handle, channels, wide, outputs, size, block.stride, block.act == "SiLU", has_skip),

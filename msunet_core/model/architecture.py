@@ -33,6 +33,18 @@ class Block:
     project_groups: int = 1
     act: str = "SiLU"  # of torch.nn
 
+    def wide(self, channels: int) -> int:
+        """Channels inside of it, of so many that come in."""
+        return channels * self.expand
+
+    def reduced(self, channels: int) -> int:
+        """Channels that squeeze-excitation squeezes to; 0: it has none."""
+        return int(channels * self.se_ratio)
+
+    def has_skip(self, channels: int, outputs: int) -> bool:
+        """Whether what comes in is added to what goes out."""
+        return self.stride == 1 and channels == outputs
+
 
 # blocks.1.0, 2.0, 2.1, 3.0, 3.1 of v3; blocks.0.0 is the depthwise-separable one.
 V3_BLOCKS: tuple[tuple[Block, ...], ...] = (
@@ -123,13 +135,12 @@ def stored_layers(
     yield norm("blocks.0.0.bn2", channels)
     for i, stage in enumerate(VARIANTS[variant], 1):
         for j, block in enumerate(stage):
-            name, wide = f"blocks.{i}.{j}", channels * block.expand
+            name, wide = f"blocks.{i}.{j}", block.wide(channels)
             yield from conv1x1(f"{name}.conv_pw", channels, wide, block.expand_groups)
             yield norm(f"{name}.bn1", wide)
             yield from depthwise(f"{name}.conv_dw", wide, block.kernels)
             yield norm(f"{name}.bn2", wide)
-            if block.se_ratio:
-                reduced = int(channels * block.se_ratio)
+            if reduced := block.reduced(channels):
                 yield Layer(f"{name}.se.conv_reduce", (reduced, wide, 1, 1), has_bias=True)
                 yield Layer(f"{name}.se.conv_expand", (wide, reduced, 1, 1), has_bias=True)
             channels = scaled(block.out_channels, width)

@@ -99,7 +99,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: what was handed out lies in the file, where somebody may write.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except OSError as error:
         raise StudyError(f"{path} cannot be read ({reason(error)}); see to that, then try again") from error
     except Exception as error:  # damaged bytes can make the reader raise anything

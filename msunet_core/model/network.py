@@ -64,15 +64,15 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, block: Block, conv1x1):
         super().__init__()
-        self.has_skip = block.stride == 1 and in_channels == out_channels
-        wide = in_channels * block.expand
+        self.has_skip = block.has_skip(in_channels, out_channels)
+        wide, reduced = block.wide(in_channels), block.reduced(in_channels)
         self.conv_pw = conv1x1(in_channels, wide, block.expand_groups)
         self.bn1 = nn.BatchNorm2d(wide)
         self.act1 = getattr(nn, block.act)()
         self.conv_dw = depthwise(wide, block.kernels, block.stride)
         self.bn2 = nn.BatchNorm2d(wide)
         self.act2 = getattr(nn, block.act)()
-        self.se = SqueezeExcite(wide, int(in_channels * block.se_ratio)) if block.se_ratio else nn.Identity()
+        self.se = SqueezeExcite(wide, reduced) if reduced else nn.Identity()
         self.conv_pwl = conv1x1(wide, out_channels, block.project_groups)
         self.bn3 = nn.BatchNorm2d(out_channels)
 

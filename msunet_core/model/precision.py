@@ -39,12 +39,15 @@ _WIDENED = {F.conv2d, F.linear, F.batch_norm}
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
     """Inside this context a GPU multiplies FP32 numbers as such, not rounded to TF32 (specification §6)."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [kind.fp32_precision for kind in kinds]
     try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 class WidenHalf(TorchFunctionMode):
@@ -158,6 +161,8 @@ def apply_opt_level(model: nn.Module, level: str = "O0", *, backend: str = "nati
 
 
 def _halve(model: nn.Module, *, batch_norm: bool) -> None:
+    """Cast all that is to be FP16, or nothing where a value is beyond it."""
+    parameters, buffers = [], []
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not batch_norm:
             continue
@@ -165,10 +170,14 @@ def _halve(model: nn.Module, *, batch_norm: bool) -> None:
             values = parameter.data
             if isinstance(module, TernaryConv2d):
                 values = into_half_range(values)
-            parameter.data = _half(values, f"{path}.{name}")
+            parameters.append((parameter, _half(values, f"{path}.{name}")))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
-                setattr(module, name, _half(buffer, f"{path}.{name}"))
+                buffers.append((module, name, _half(buffer, f"{path}.{name}")))
+    for parameter, half in parameters:
+        parameter.data = half
+    for module, name, half in buffers:
+        setattr(module, name, half)
 
 
 def into_half_range(weights: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ..errors import StudyError, closest
 
 RAMP_EPOCHS = 100
-SE_SPARSITY = 0.9
+SE_SPARSITY, DW_SPARSITY, CLASSIFIER_SPARSITY = 0.9, 0.5, 0.9
 # Group: (which parameters, share of zeros at the end of the ramp).
 GROUPS: dict[str, tuple[str, float]] = {
     "se": (r"blocks\.[23]\.[01]\.se\.conv_(reduce|expand)\.weight", SE_SPARSITY),
-    "dw": (r"blocks\.[23]\.[01]\.conv_dw(\.[012])?\.weight", 0.5),
-    "classifier": (r"classifier\.weight", 0.9),
+    "dw": (r"blocks\.[23]\.[01]\.conv_dw(\.[012])?\.weight", DW_SPARSITY),
+    "classifier": (r"classifier\.weight", CLASSIFIER_SPARSITY),
 }
 PRUNERS: dict[str, tuple[str, ...]] = {
     "none": (),

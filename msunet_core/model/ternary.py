@@ -7,6 +7,7 @@ trained: it gets the gradient of K unchanged, straight through.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -127,8 +128,10 @@ def ternary_layers(model: nn.Module) -> dict[str, TernaryConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TernaryConv2d)}
 
 
-def layer_statistics(model: nn.Module) -> list[dict]:
-    """What tells whether ternary weights are still learning, a row a layer.
+def layer_statistics(model: nn.Module, masters: Mapping[str, Tensor] | None = None) -> list[dict]:
+    """What tells whether ternary weights are still learning, one row per layer.
+
+    masters : the FP32 W by parameter name, where those of the model are halves, whose size may be another
 
     Returns
     -------
@@ -142,7 +145,7 @@ def layer_statistics(model: nn.Module) -> list[dict]:
         rows.append(
             {
                 "layer": name,
-                "spread": layer.weight.detach().float().std().item(),
+                "spread": (masters or {}).get(f"{name}.weight", layer.weight).detach().float().std().item(),
                 "zeros": (signs == 0).double().mean().item(),
                 "empty_channels": (signs == 0).flatten(1).all(1).double().mean().item(),
             }

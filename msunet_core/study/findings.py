@@ -1,4 +1,4 @@
-"""What the published authors held of their techniques beside what was found, told from numbers alone.
+"""What the published authors held of their techniques beside what was found.
 
 They gave no number for it: how a claim is read as one, "little" above all, is this study's choice, made
 before any run of the evidence.
@@ -6,6 +6,7 @@ before any run of the evidence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from ..measure.scoring import published_table
 from .ablations import Results
-from .statistics import FEWEST
+from .statistics import CONFIDENCE, FEWEST
 
 # Points of top-1 that "costs little" may cost: our choice.
 LITTLE = 0.5
@@ -150,13 +151,22 @@ def budget_of(results: Results) -> str:
     )
 
 
+def chance_of_resolved(pairs: int) -> float:
+    """How likely so many differences of nothing, no two of one size, have a p of at most 5 %.
+
+    p is a multiple of 2/2^n and each multiple is as likely as another.
+    """
+    cases = 2 ** (pairs - 1)
+    return math.floor((1 - CONFIDENCE) * cases + 1e-9) / cases
+
+
 def of_chance(table: pd.DataFrame) -> str:
     """How many rows would be resolved if no technique did anything, in a sentence or two."""
     compared = table[table["pairs"] > 0]
     pairs = int(compared["pairs"].min())
-    smallest = 2 / 2**pairs
+    smallest, chance = 2 / 2**pairs, chance_of_resolved(pairs)
     return (
-        f"Of these {len(compared)} comparisons about {smallest * len(compared):.1f} would be resolved by "
+        f"Of these {len(compared)} comparisons about {chance * len(compared):.1f} would be resolved by "
         f"chance if nothing had any effect: with {pairs} pairs p is never below 2/2^{pairs} = "
         f"{smallest:.3f}, however large the difference, and a p corrected for {len(compared)} comparisons "
         f"could not be below {min(1.0, smallest * len(compared)):.2f}. Rows of a factor share their "

@@ -7,9 +7,10 @@ repository, computes nothing anew but what was added to the grid. What other cod
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from ..errors import StudyError
+from ..errors import StudyError, shown
 from ..files import atomic_write, read_json
 from ..training.stages import CHECKPOINT
 from .grid_runs import RESULT, Plan, Run, code_of_runs, key_of
@@ -71,12 +72,17 @@ def keep_results(todo: Plan, kept: Path) -> None:
 
 
 def _read(kept: Path) -> dict:
-    return read_json(kept, "remove it or restore it from git") if kept.exists() else {}
+    remedy = "remove it or restore it from git"
+    lines = read_json(kept, remedy) if kept.exists() else {}
+    if odd := next((name for name in lines if not re.fullmatch(r"\w+-.*-[0-9a-f]{8}/seed-\d+", name)), None):
+        raise StudyError(f"{kept} has a line {shown(odd)}, which is no run; {remedy}")
+    return lines
 
 
 def _tested(result: object, levels: tuple[str, ...]) -> dict | None:
-    whole = isinstance(result, dict) and set(result) >= FIELDS and set(levels) <= set(result["tests"])
-    return result if whole and result["code"] == code_of_runs() else None
+    whole = isinstance(result, dict) and set(result) >= FIELDS and result["code"] == code_of_runs()
+    tests = result["tests"] if whole else None
+    return result if isinstance(tests, dict) and set(levels) <= set(tests) else None
 
 
 def _name(run: Run) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..data.images import IMAGE_SIZE, ImageData
+from ..data.images import ImageData
 from ..data.sources import SOURCES, load_data
 from ..errors import StudyError, failure
 from ..files import ROOT, atomic_write
@@ -32,7 +32,7 @@ from ..training.code import PACKAGE, code_digest, code_of_training
 from ..training.recipe import StageConfig
 from ..training.records import epoch_seconds, ran_away
 from ..training.resume import recipe_of
-from ..training.schedules import image_size_of_epoch
+from ..training.schedules import work_before
 from ..training.stages import CHECKPOINT, prune, train
 from .grid import Grid, Row
 from .profile import Profile
@@ -40,7 +40,7 @@ from .provenance import git_state, hardware, recorded_stage
 from .run import new_network
 
 RESULT = "result.json"
-MEASURING = ("measure/evaluation.py", "measure/scoring.py")
+MEASURING = ("measure/evaluation.py", "measure/packed_format.py", "measure/scoring.py")
 PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
 
 
@@ -117,8 +117,7 @@ class Run:
         """How long it takes beside other runs: thousandths of a pass over all images at their full size."""
         config = self.config
         passes = 1 + 2 * config.cutmix_probability * (config.consistency != "off")
-        area = sum((image_size_of_epoch(config, epoch) / IMAGE_SIZE) ** 2 for epoch in range(config.epochs))
-        return max(1, round(1000 * passes * area))
+        return max(1, round(1000 * passes * work_before(config, config.epochs)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def plan(grid: Grid, data: Source, out: Path) -> Plan:
         network = dataclasses.asdict(row.profile.network) | {"width": row.profile.ablation_width}
         if network["variant"] == "v2":
             network["variant"] = "v1"  # the same network, trained the same way
-        came_from = start and start.folder.parent.name
+        came_from = start and key_of(start.folder.parent.name)[1]
         whole = [network, recipe_of(config, 1), config.epochs, data.fingerprint, came_from]
         digest = hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=4).hexdigest()
         words = "".join(c if c.isalnum() or c == "." else "-" for c in f"{row.choice}-{row.value}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import torch
@@ -36,23 +35,21 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     try:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is only then free of races between streams
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what nobody wrote
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
-        if workspace is not None:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 class Learner:
@@ -116,8 +113,8 @@ class Learner:
             backoff_factor=BACKOFF_FACTOR,
             enabled=config.opt_level in ("O1", "O2"),
         )
-        prunable = {**self.masters.frozen, **parameters}
-        self.pruner = Pruner(prunable, config.pruner, config.ramp_epochs, config.se_sparsity)
+        self.weights = {**self.masters.frozen, **parameters}  # FP32, by name
+        self.pruner = Pruner(self.weights, config.pruner, config.ramp_epochs, config.se_sparsity)
         self.image_size = IMAGE_SIZE
 
     def take_momentum(self, momentum: dict[str, Tensor]) -> None:
@@ -187,12 +184,12 @@ class Learner:
             return self.cross_entropy(inputs, targets)
         others = plan.rows(plan.partner[self.rows])  # anywhere in the batch
         partners = augment(images[others.order], others), targets, labels[others.order]
-        return mixed_loss(self.scores, inputs, *partners, plan.box, plan.lam, *self._mixing)[0]
+        return mixed_loss(self.scores, inputs, *partners, plan.box, plan.lam, *self._mixing)
 
     def loss(self, inputs: Tensor, targets: Tensor, plan: StepPlan) -> Tensor:
         if plan.use_cutmix:
             chosen = plan.partner, plan.box, plan.lam
-            return cutmix_loss(self.scores, inputs, targets, *chosen, *self._mixing)[0]
+            return cutmix_loss(self.scores, inputs, targets, *chosen, *self._mixing)
         return self.cross_entropy(inputs, targets)
 
     @property

@@ -68,6 +68,8 @@ class Records:
         atomic_write(self.folder / "layers.csv", _table(layers))
         if metrics is not None:
             atomic_write(self.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        else:  # of fewer epochs, which were the end then
+            (self.folder / "metrics.json").unlink(missing_ok=True)
 
     def events(self, first_epoch: int) -> contextlib.AbstractContextManager[Events | None]:
         """TensorBoard's scalars from that epoch on."""

@@ -185,13 +185,13 @@ def recipe_of(config: StageConfig, world: int) -> dict:
     where it is at its default, so that a checkpoint from before it is still resumed.
     """
     recipe = json.loads(json.dumps(dataclasses.asdict(config)))
-    del recipe["checkpoint_every"], recipe["sync_batch_norm"]
+    del recipe["checkpoint_every"], recipe["evaluate_every"], recipe["sync_batch_norm"]
     for later in dataclasses.fields(config):
         if later.metadata.get("later") and getattr(config, later.name) == later.default:
             del recipe[later.name]
     if world > 1 and not config.sync_batch_norm:
         recipe["batch_norm_processes"] = world
-    if config.schedule == "step":
+    if config.schedule == "step" or (config.schedule == "cosine" and config.cycle_epochs):
         del recipe["epochs"]
     return recipe
 

@@ -11,7 +11,7 @@ from .recipe import StageConfig
 ALPHA_RAMP_END = 0.67449
 
 
-def alpha_schedule(epoch: int, start: int = 20, end: int = 400) -> float:
+def alpha_schedule(epoch: int, start: int, end: int) -> float:
     """Alpha of an epoch: 0 up to ``start``, linear up to 0.67449 at ``end``, 0.67749 from there on."""
     if epoch >= end:
         return ALPHA
@@ -42,6 +42,11 @@ def alpha_of_epoch(config: StageConfig, epoch: int) -> float:
     if config.alpha is not None:
         return config.alpha
     return alpha_schedule(epoch, config.alpha_start, config.alpha_end)
+
+
+def work_before(config: StageConfig, epoch: int) -> float:
+    """Work of all epochs before this one, in epochs of whole images: it goes with their pixels."""
+    return sum((image_size_of_epoch(config, earlier) / IMAGE_SIZE) ** 2 for earlier in range(epoch))
 
 
 def image_size_of_epoch(config: StageConfig, epoch: int) -> int:

@@ -35,7 +35,7 @@ from .learner import MIN_LOSS_SCALE, Learner, deterministic, first_bad_layer, fi
 from .recipe import StageConfig
 from .records import Progress, Records, shown_progress
 from .resume import arithmetic_of, check_saved, identity_of, other_arithmetic, saved_state
-from .schedules import alpha_of_epoch, learning_rate
+from .schedules import alpha_of_epoch, learning_rate, work_before
 
 CHECKPOINT = "checkpoint.safetensors"
 # Devices whose losses are read at each step. On others the host would wait for the device: there the losses
@@ -73,14 +73,15 @@ def train(
 
     Parameters
     ----------
-    model : FP32 network; trained in place
+    model : FP32 network; its weights change, and at O2 it ends as FP16: go on with the result's ``model``
     data : images and labels; the test half is only looked at, it chooses nothing
     config : the recipe
     folder : gets ``checkpoint.safetensors``, ``history.csv``, ``layers.csv`` (the ternary layers after each
         epoch), ``metrics.json``, ``log.txt`` and events for TensorBoard
     seed : int, of every random choice (default 0)
     device : "auto", "cpu", "cuda", ...
-    progress : True for a bar, False for silence, or a callable(steps done, steps in all, text)
+    progress : True for a bar, False for silence, or a callable(steps done, steps in all, text); steps are
+        those of whole images, so a step of shrunk ones is less than one
     momentum : of SGD, by parameter name, to begin with instead of 0: that of the stage before, as
         :func:`msunet_core.model.checkpoint.read_momentum` gives it (specification §6)
     aside : where the folder holds another run, rename it to ``<folder>.1``, ``.2``, ... and begin anew, with
@@ -268,7 +269,9 @@ class _Stage:
         learner.begin_epoch(self.epoch, resumed=self.resumed)
         self.resumed = False
         text = f"{self.stage} epoch {self.epoch + 1}/{config.epochs}"
-        done, total = self.epoch * self.steps, config.epochs * self.steps
+        begun, ended, total = (
+            work_before(config, epochs) for epochs in (self.epoch, self.epoch + 1, config.epochs)
+        )
         while self.step < self.steps:
             step_plan = self.plan.step(self.step)
             if config.schedule == "one-cycle":
@@ -278,7 +281,8 @@ class _Stage:
             if self.live_loss or self.step == self.steps:
                 self._read_losses()
             loss = f", loss {self.losses[self.read - 1]:.3f}" if self.read == self.step else ""
-            show(done + self.step, total, text + loss)
+            done = begun + (ended - begun) * self.step / self.steps
+            show(round(done * self.steps), round(total * self.steps), text + loss)
             self._leave_if_asked(stop)
 
     def _read_losses(self) -> None:
@@ -327,7 +331,9 @@ class _Stage:
 
     def _layer_rows(self, epochs: int) -> list[dict]:
         """How the ternary layers are after so many epochs."""
-        return [{"epochs": epochs, **row} for row in layer_statistics(self.learner.model)]
+        return [
+            {"epochs": epochs, **row} for row in layer_statistics(self.learner.model, self.learner.weights)
+        ]
 
     def _evaluate(self, stop: StopSignals) -> dict[str, float]:
         count = len(self.test_images)
