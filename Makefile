@@ -122,7 +122,7 @@ clean: .known ## remove the folder of RUN and the tools' caches; data/ and .venv
 	@profile=$${STUDY_PROFILE:-smoke}; profile=$${profile##*/}; run=$${STUDY_RUN:-$${profile%.y*ml}}; \
 	case $$run in ablations|pretrained|recipes|record) run= ;; esac; \
 	if ! [[ $$run =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$$ ]]; then \
-	  echo "RUN is no folder of a run; choose another name" >&2; exit 1; fi; \
+	  echo "RUN=$${STUDY_RUN:-$$profile} is no folder of a run; give RUN=another" >&2; exit 1; fi; \
 	rm -rf -- "$${MSUNET_RUNS:-runs}/$$run" .pytest_cache .ruff_cache build *.egg-info
 	@find msunet_core tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 help: .known ## this list

@@ -5,8 +5,8 @@
 
 Every row of the ablations is trained, shortened (a few images, two epochs, one seed), by the code of both
 checkouts on this machine: two minutes on two cores. Where all tests and curves are the same to the digit,
-``--carry`` writes the digest of this checkout's code where ``*_runs.json`` and ``*_provenance.json`` have that of
-the other. Nothing else of a result changes: its commit stays that of the code which computed it.
+``--carry`` writes the digest of this checkout's code where ``*_runs.json`` and ``*_provenance.json`` have
+that of the other. Nothing else of a result changes: its commit stays that of the code which computed it.
 """
 
 from __future__ import annotations

@@ -347,6 +347,15 @@ def test_a_file_of_runs_that_cannot_be_read_is_named(tiny, tmp_path):
     (tmp_path / "smoke_runs.json").write_text("{")
     with pytest.raises(StudyError, match=r"smoke_runs\.json is not JSON .* remove it or restore it"):
         run_ablations(tiny(), load_grid(tiny(), seeds=[0]), tmp_path, progress=False)
+    (tmp_path / "smoke_runs.json").write_text('{"foo": {}}')
+    with pytest.raises(StudyError, match=r"smoke_runs\.json has a line 'foo', which is no run; remove it"):
+        run_ablations(tiny(), load_grid(tiny(), seeds=[0]), tmp_path, progress=False)
+
+
+def test_another_grid_does_not_write_over_the_committed_tables(tmp_path, capsys):
+    own = shutil.copy(GRID, tmp_path / "mine.yaml")
+    assert main(["ablations", "--profile", "smoke", "--grid", str(own)]) != 0
+    assert "mine.yaml is another grid: give a folder for its tables, --out" in capsys.readouterr().err
 
 
 def test_a_row_that_diverges_is_reported_and_the_others_go_on(tiny, tmp_path, data, capsys):

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -291,7 +292,7 @@ def test_what_cannot_be_is_refused_before_the_first_notebook_and_leaves_a_run_as
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a b", "$(touch x)", "-rf", ".hidden", "a\nb", "record"])
 def test_a_run_name_that_is_no_folder_name_is_refused(done, name):
-    with pytest.raises(StudyError, match="choose another"):
+    with pytest.raises(StudyError, match=r"give another, RUN=|choose another name"):
         done.make(RUN=name)
     assert done.ran == []
 
@@ -369,11 +370,8 @@ def test_score_validate_and_pack_ask_for_what_they_need():
     needed = ("validate", {}, "DATA"), ("pack", {}, "CHECKPOINT"), ("pack", {"CHECKPOINT": "a"}, "OUT")
     for target, given, missing in needed:
         with pytest.raises(StudyError, match=f"give {missing}="):
-            asked(target, **given)
+            make.Request(given, target).check_variables(target)
     assert asked("score") == ["score"]
-    for name, value in {"VARIANT": "v1", "SEED": "7", "RUN": "mine"}.items():
-        with pytest.raises(StudyError, match=f"{name}={value} is nothing that the ablations take"):
-            asked("ablations", **{name: value})
     assert asked("ablations", OUT="own", JOBS="2") == ["ablations", "--jobs=2", "--out=own"]
     assert asked("validate", DATA="images.npz") == ["validate", "--data=images.npz"]
     assert asked("pack", CHECKPOINT="it's here", OUT="-b") == ["pack", "it's here", "./-b"]
@@ -426,7 +424,7 @@ def test_an_interrupt_is_told_in_one_line(checkout, monkeypatch, capfd):
 
 
 def finished_run(folder):
-    for name in (*ship.EVIDENCE, "train/metrics.json", "prune/metrics.json"):
+    for name in (*ship.COPIED, "train/metrics.json", "prune/metrics.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     log = "2026-11-24 14:17:31 train: epoch 0: lr 0.1, 90.5 s\n2026-11-24 14:19:00 train: resume\n"
@@ -438,10 +436,12 @@ def finished_run(folder):
 
 def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_path):
     finished_run(tmp_path / "run")
-    assert ship.ship(tmp_path / "run", tmp_path / "shipped") is None
+    (tmp_path / "levels.csv").write_text("level\n")
+    ship.ship(tmp_path / "run", [tmp_path / "levels.csv"], tmp_path / "shipped")
     shipped = tmp_path / "shipped"
-    assert {n: (shipped / n).read_bytes().decode() for n in ship.EVIDENCE.values()} == {
-        name: source for source, name in ship.EVIDENCE.items()
+    assert (shipped / "levels.csv").read_text() == "level\n"
+    assert {n: (shipped / n).read_bytes().decode() for n in ship.COPIED.values()} == {
+        name: source for source, name in ship.COPIED.items()
     }
     told = json.loads((shipped / "provenance.json").read_text())
     assert told == {
@@ -452,25 +452,68 @@ def test_shipping_copies_the_evidence_of_a_run_and_no_path_of_the_machine(tmp_pa
     }
 
 
-def test_a_run_is_shipped_into_the_folder_that_is_named(checkout, monkeypatch):
+def test_a_run_is_shipped_whole_into_the_folder_that_is_named_or_not_at_all(checkout, monkeypatch):
     finished_run(checkout.folder / "runs/cpu2h")
-    commands = []
-    monkeypatch.setattr(make.subprocess, "run", lambda command, check: commands.append(command[3:]) or Done)
-    monkeypatch.setattr(make.os, "execv", lambda _, command: commands.append(command[3:]))
+    asked = make.Request({"RUN": "cpu2h", "DATA": "d.npz", "OUT": "two"}, "pretrained")
+    commands, fails = [], ["validate"]
+
+    def done(command, check):
+        commands.append(command[3:])
+        Path(command[5] if command[3] == "pack" else command[6].removeprefix("--out=")).write_text(command[3])
+        return subprocess.CompletedProcess(command, int(command[3] in fails))
+
+    monkeypatch.setattr(make.subprocess, "run", done)
     with lock_folder(checkout.folder / "runs/cpu2h"), pytest.raises(StudyError, match="is in use"):
-        make.run("pretrained", make.Request({"RUN": "cpu2h", "DATA": "d.npz", "OUT": "two"}, "pretrained"))
-    assert commands == []
-    make.run("pretrained", make.Request({"RUN": "cpu2h", "DATA": "d.npz", "OUT": "two"}, "pretrained"))
-    assert commands == [
-        ["pack", "runs/cpu2h/prune", "two/msunet_v3.safetensors", "--data=d.npz"],
-        ["validate", "two/msunet_v3.safetensors", "--data=d.npz", "--out=two/levels.csv"],
-    ]
-    assert {path.name for path in Path("two").iterdir()} == {*ship.EVIDENCE.values(), "provenance.json"}
+        make.run("pretrained", asked)
+    with pytest.raises(SystemExit):
+        make.run("pretrained", asked)
+    assert [command[0] for command in commands] == ["pack", "validate"] and not Path("two").exists()
+    fails.clear()
+    assert make.run("pretrained", asked) == 0
+    (_, _, (pack, start, packed, *_), (validate, measured, data, *_)) = commands
+    assert (pack, start, validate, data) == ("pack", "runs/cpu2h/prune", "validate", "--data=d.npz")
+    assert packed == measured
+    names = {*ship.COPIED.values(), "provenance.json", "levels.csv", "msunet_v3.safetensors"}
+    assert {path.name for path in Path("two").iterdir()} == names
+    assert (Path("two/levels.csv").read_text(), Path("two/msunet_v3.safetensors").read_text()) == (
+        "validate",
+        "pack",
+    )
     assert not Path("runs/pretrained").exists()
 
 
-class Done:
-    returncode = 0
+@pytest.mark.parametrize(
+    ("goals", "given", "said"),
+    [
+        (
+            "score",
+            {"RUN": "cpu2h"},
+            "RUN=cpu2h is nothing that make score takes; give CHECKPOINT=runs/cpu2h/",
+        ),
+        ("reproduce", {"JOBS": "4"}, "JOBS=4 is nothing that make reproduce takes; leave it out"),
+        (
+            "ablations",
+            {"SEED": "1"},
+            "SEED=1 is nothing that make ablations takes; edit study/ablations.yaml",
+        ),
+        ("ablations", {"RUN": "a"}, "RUN=a is nothing that make ablations takes; give OUT="),
+        ("train prune", {"OPT_LEVEL": "O3"}, "OPT_LEVEL=O3 is nothing that make train and prune takes"),
+    ],
+)
+def test_a_variable_that_no_goal_takes_is_refused_instead_of_ignored(checkout, goals, given, said):
+    with pytest.raises(StudyError, match=re.escape(said)):
+        make.run(goals.split()[0], make.Request(given, goals))
+
+
+def test_a_variable_that_one_of_several_goals_takes_is_let_through(checkout):
+    assert "02_ternary_training" in checkout.make("train", SEED="3")
+    make.Request({"DATA": "cifar100", "CHECKPOINT": "a"}, "reproduce validate").check_variables("validate")
+
+
+def test_an_unknown_profile_is_refused_before_its_folder_is_made(checkout):
+    with pytest.raises(StudyError, match="profile 'smok' is unknown"):
+        checkout.make(PROFILE="smok")
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"git": {}}', '{"parameters": []}'])
@@ -480,7 +523,7 @@ def test_shipping_a_run_with_a_provenance_of_no_use_is_refused(tmp_path, content
     with pytest.raises(
         StudyError, match=r"provenance\.json (is not JSON|was written by no run).*; run notebook 03 there"
     ):
-        ship.ship(tmp_path / "run", tmp_path / "shipped")
+        ship.ship(tmp_path / "run", [], tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
 
 
@@ -489,5 +532,5 @@ def test_shipping_half_a_run_is_refused_and_copies_nothing(tmp_path):
     for name in ("prune/history.csv", "prune/metrics.json"):  # the latter of a stage that was stopped
         (tmp_path / "run" / name).unlink()
         with pytest.raises(StudyError, match=rf"has no {name}; run notebooks 02 and 03 there first"):
-            ship.ship(tmp_path / "run", tmp_path / "shipped")
+            ship.ship(tmp_path / "run", [], tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()

@@ -123,7 +123,7 @@ def test_no_folder_name_turns_clean_into_something_else(checkout, value):
     checkout.write("runs/other/kept", "")
     before = sorted(os.listdir(checkout.folder))
     result = checkout.call("clean", f"RUN={value}")
-    assert result.returncode != 0 and "choose another name" in result.stderr
+    assert result.returncode != 0 and "give RUN=another" in result.stderr
     assert sorted(os.listdir(checkout.folder)) == before
     assert (checkout.folder / "runs/other/kept").exists()
 

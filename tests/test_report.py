@@ -140,8 +140,8 @@ def test_a_toy_says_so_in_words_and_the_full_study_does_not():
     assert load_profile("cpu", limit=5).shortfalls() == ["at most 5 of each class"]
     assert load_profile("paper").shortfalls() == []
     assert "toy" not in pages.run_statement(load_profile("paper"), "paper").replace("class: note real", "")
-    assert "How this run was made is not recorded" in pages.run_statement(pages.profile_of({}), "run")
-    assert pages.profile_of({"parameters": {"PROFILE": "gone.yaml"}}) is None
+    assert "How this run was made is not recorded" in pages.run_statement(pages.profile_of_run({}), "run")
+    assert pages.profile_of_run({"parameters": {"PROFILE": "gone.yaml"}}) is None
 
 
 def test_a_page_tells_paths_from_the_checkout(tmp_path):

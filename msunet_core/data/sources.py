@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..errors import StudyError, closest, reason, shown
-from ..files import atomic_path, read_bytes, taking_turns
+from ..files import ROOT, atomic_path, read_bytes, taking_turns
 from .images import ARRAYS, IMAGE_SIZE, ImageData
 from .synthetic import make_synthetic
 
@@ -56,7 +56,7 @@ def load_data(
     *,
     limit: int | None = None,
     seed: int = 0,
-    cache: str | os.PathLike = "data",
+    cache: str | os.PathLike = ROOT / "data",
 ) -> ImageData:
     """Load a data set.
 
@@ -67,7 +67,7 @@ def load_data(
         and ``class_names``; or a folder with ``train/<class>/*.png`` and ``test/<class>/*.png``
     limit : keep the first so many images of each class in each split; None keeps all
     seed : of the synthetic data; the others ignore it
-    cache : folder for the download
+    cache : folder for the download, by default ``data/`` of the checkout
 
     Raises
     ------

@@ -119,10 +119,9 @@ class PackedNetwork:
         import torch
 
         from ..data.images import normalise
-        from .evaluation import BATCH_SIZE  # which imports this module
 
         with torch.inference_mode():
-            batches = torch.from_numpy(images.copy()).split(BATCH_SIZE)
+            batches = torch.from_numpy(images.copy()).split(250)  # as in evaluation
             return torch.cat([self._plain(normalise(batch)) for batch in batches]).numpy()
 
 

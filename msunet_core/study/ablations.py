@@ -141,7 +141,7 @@ def read_results(out: str | Path, name: str) -> Results:
         return Results(*tables, read_json(out / f"{name}_provenance.json"))
     except (OSError, ValueError) as error:
         raise StudyError(
-            f"{out}/{name}*.csv cannot be read ({error}); make ablations PROFILE={name}"
+            f"{out}/{name}*.csv cannot be read ({error}); restore it from git or compute it again"
         ) from error
 
 

@@ -24,18 +24,17 @@ from ..measure.scoring import (
     REFERENCE_FLOPS,
     REFERENCE_PARAMS,
     Score,
-    published_table,
     score,
     ternary_sparsity_at,
 )
-from ..measure.unpack import load_network
+from ..measure.unpack import SHIPPED, load_network
 from ..measure.wide_resnet import wide_resnet
 from ..model.network import build_msunet
 from ..model.pruning import GROUPS, RAMP_EPOCHS, cubic_sparsity, prune_to_target
 from .ablations import read_results
 from .findings import judged
 from .profile import load_profile
-from .published import FIRST_LOSSES, against_published
+from .published import FIRST_LOSSES, PUBLISHED_V3, against_published
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 # Of short trainings: they can agree with a claim on long ones, and neither reproduce nor refute it.
@@ -116,12 +115,9 @@ class Shipped:
         return found["top1"], *wilson(found["top1"] / 100, found["images"])
 
 
-PRETRAINED = ROOT / "runs" / "pretrained"
-
-
-def load_shipped(folder: Path = PRETRAINED) -> Shipped | None:
+def load_shipped(folder: Path = SHIPPED.parent) -> Shipped | None:
     """What a folder that `make pretrained` filled holds; None where no network is."""
-    path = folder / "msunet_v3.safetensors"
+    path = folder / SHIPPED.name
     if not path.is_file():
         return None
     model, info = load_network(path)
@@ -135,9 +131,9 @@ def load_shipped(folder: Path = PRETRAINED) -> Shipped | None:
     return Shipped(model, info, score(model, "O3"), histories, provenance, path)
 
 
-def shipped_beside(folder: Path = PRETRAINED) -> list[Shipped]:
+def shipped_beside(folder: Path = SHIPPED.parent) -> list[Shipped]:
     """The networks in folders of that folder: of smaller budgets, to compare with."""
-    found = (load_shipped(path.parent) for path in sorted(folder.glob("*/msunet_v3.safetensors")))
+    found = (load_shipped(path.parent) for path in sorted(folder.glob(f"*/{SHIPPED.name}")))
     return [one for one in found if one]
 
 
@@ -169,7 +165,10 @@ def claims(runs: Path = ROOT / "runs", shipped: Shipped | None = None) -> list[C
     ]
 
 
-PUBLISHED = published_table().loc["MSUNet-v3"]
+def published_epochs() -> int:
+    """Epochs of the published recipe of v3."""
+    recipe = load_profile("paper")
+    return recipe.train.epochs + recipe.prune.epochs
 
 
 def _fresh(seed: int) -> Score:
@@ -182,18 +181,17 @@ def _fresh(seed: int) -> Score:
 
 
 def _accuracy(shipped: Shipped | None) -> Claim:
-    published = f"{PUBLISHED['top1']:.2f} % top-1 at O3"
+    published = f"{PUBLISHED_V3['top1']:.2f} % top-1 at O3"
     if shipped is None or shipped.top1 is None:
         return Claim(published, "nothing", "", "", NOT_TESTABLE, "No measured network is shipped.", "shipped")
     top1, low, high = shipped.top1
-    recipe = load_profile("paper")
-    whole = recipe.train.epochs + recipe.prune.epochs
+    whole = published_epochs()
     return Claim(
         published,
         f"the shipped network: profile {shipped.provenance.get('profile')}, {shipped.epochs:,} epochs",
         f"{shipped.info['accuracy']['images']:,} test images",
         f"{top1:.2f} % ({low:.2f} to {high:.2f})",
-        REPRODUCED if high >= PUBLISHED["top1"] else NOT_REPRODUCED,
+        REPRODUCED if _is_as_good(shipped) else NOT_REPRODUCED,
         f"The published recipe takes {whole:,} epochs; it has not been run to its end here."
         if shipped.epochs < whole
         else "Trained as long as the published network.",
@@ -204,7 +202,7 @@ def _accuracy(shipped: Shipped | None) -> Claim:
 def _params(fresh: list[Score]) -> Claim:
     counts = [one.params / 1e6 for one in fresh]
     mean = sum(counts) / len(counts)
-    published = PUBLISHED["params"] / 1e6
+    published = PUBLISHED_V3["params"] / 1e6
     close = abs(mean / published - 1) <= COUNT_TOLERANCE
     return Claim(
         f"{published:.5f} M parameters",
@@ -219,12 +217,12 @@ def _params(fresh: list[Score]) -> Claim:
 
 
 def _is_as_good(shipped: Shipped | None) -> bool:
-    return bool(shipped and shipped.top1 and shipped.top1[2] >= PUBLISHED["top1"])
+    return bool(shipped and shipped.top1 and shipped.top1[2] >= PUBLISHED_V3["top1"])
 
 
 def _flops(fresh: list[Score], shipped: Shipped | None) -> Claim:
     counts = [one.flops / 1e6 for one in fresh]
-    mean, published = sum(counts) / len(counts), PUBLISHED["flops"]
+    mean, published = sum(counts) / len(counts), PUBLISHED_V3["flops"]
     result = f"{mean:.2f} M ({min(counts):.2f} to {max(counts):.2f}) with fresh weights"
     verdict = NOT_TESTABLE
     reason = (
@@ -250,20 +248,20 @@ def _flops(fresh: list[Score], shipped: Shipped | None) -> Claim:
 
 
 def _score(shipped: Shipped | None) -> Claim:
-    added = PUBLISHED["params"] / REFERENCE_PARAMS + PUBLISHED["flops"] / REFERENCE_FLOPS
+    added = PUBLISHED_V3["params"] / REFERENCE_PARAMS + PUBLISHED_V3["flops"] / REFERENCE_FLOPS
     reason = f"The two published counts do add up to {added:.5f}"
     if shipped is None:
         return Claim(
-            f"score {PUBLISHED['score']:.5f}", "nothing", "", "", NOT_TESTABLE, f"{reason}.", "shipped"
+            f"score {PUBLISHED_V3['score']:.5f}", "nothing", "", "", NOT_TESTABLE, f"{reason}.", "shipped"
         )
     verdict = NOT_TESTABLE
     if _is_as_good(shipped):
-        met = shipped.score.value <= PUBLISHED["score"] * (1 + COUNT_TOLERANCE)
+        met = shipped.score.value <= PUBLISHED_V3["score"] * (1 + COUNT_TOLERANCE)
         verdict, reason = REPRODUCED if met else NOT_REPRODUCED, f"{reason}, and this network is as accurate."
     else:
         reason += ". A score only compares networks of one accuracy, and the shipped one is less accurate."
     return Claim(
-        f"score {PUBLISHED['score']:.5f}",
+        f"score {PUBLISHED_V3['score']:.5f}",
         "the shipped network, counted at O3",
         "",
         f"{shipped.score.value:.5f}",

@@ -24,7 +24,7 @@ import torch
 from ..data.images import ImageData
 from ..data.sources import SOURCES, load_data
 from ..errors import StudyError, failure
-from ..files import ROOT, atomic_write
+from ..files import atomic_write
 from ..measure.evaluation import evaluate
 from ..measure.scoring import score
 from ..model.checkpoint import load_checkpoint, read_momentum
@@ -48,19 +48,18 @@ PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
 class Source:
     """The images of a grid, as each process loads them for itself.
 
-    source, limit, seed, cache : as of :func:`load_data`
+    source, limit, seed : as of :func:`load_data`
     fingerprint : of what they must turn out to be
     """
 
     source: str
     limit: int | None
     seed: int
-    cache: str
     fingerprint: str = ""
 
     def load(self) -> ImageData:
         """The images; the last ones loaded are kept by the process."""
-        data = _load(self.source, self.limit, self.seed, self.cache)
+        data = _load(self.source, self.limit, self.seed)
         if self.fingerprint not in ("", data.fingerprint):
             raise StudyError(
                 f"data {self.source} have fingerprint {data.fingerprint} here, {self.fingerprint} where the "
@@ -77,8 +76,8 @@ def code_of_runs() -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(source: str, limit: int | None, seed: int, cache: str) -> ImageData:
-    return load_data(source, limit=limit, seed=seed, cache=cache)
+def _load(source: str, limit: int | None, seed: int) -> ImageData:
+    return load_data(source, limit=limit, seed=seed)
 
 
 def source_of(profile: Profile) -> Source:
@@ -87,7 +86,7 @@ def source_of(profile: Profile) -> Source:
     limits = [limit for limit in (own.limit, profile.ablation_limit) if limit is not None]
     # Workers may stand in other folders.
     name = own.source if own.source in SOURCES else os.path.abspath(os.path.expanduser(own.source))
-    source = Source(name, min(limits, default=None), profile.seed, str(ROOT / "data"))
+    source = Source(name, min(limits, default=None), profile.seed)
     return dataclasses.replace(source, fingerprint=source.load().fingerprint)
 
 

@@ -4,7 +4,8 @@
 
 Each variable comes as STUDY_<name> in the environment, as it was typed; no shell and no rule of make's sees
 it. A notebook is out of date when what it depends on says something else than when it was made: its cells,
-the code, the profile, the parameters, the data, an earlier notebook. A time or a comment changes nothing.
+the code, the profile, the parameters, the data, an earlier notebook. A comment changes nothing, a time only
+where a folder of images is the data.
 Stages look after themselves: a notebook that is run again finds its finished training and goes on from there.
 """
 
@@ -19,6 +20,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from ..files import ROOT, atomic_write, lock_folder, read_json, read_text
 from ..measure.unpack import SHIPPED
 from ..training.code import PACKAGE, code_digest
 from ..training.stages import resolve_device
-from .profile import PROFILES, Profile, load_profile, read_yaml
+from .profile import PROFILES, Profile, profile_of, read_yaml
 from .provenance import FILES
 from .run import check_run_name
 from .runner import INTERRUPTED, Interrupted, run_notebook, typed
@@ -57,18 +59,28 @@ LOOKS_AT = {
     "06_ablations": ABLATIONS,
     "07_packed_network": (SHIPPED_FILE,),
 }
-# What a request may be given, in the order in which its command is told.
-VARIABLES = ("PROFILE", "DATA", "RUN", "DEVICE", "SEED", "LIMIT", "VARIANT", "SET", "JOBS", "SCHEDULER")
-VARIABLES += ("CHECKPOINT", "OPT_LEVEL", "OUT")
 TARGETS = {
     "reproduce": tuple(NOTEBOOKS),
     "train": ("02_ternary_training",),
     "prune": ("02_ternary_training", "03_fp16_pruning"),
 }
+# What a request may be given, in the order in which its command is told, and what of it each target takes.
+VARIABLES = ("PROFILE", "DATA", "RUN", "DEVICE", "SEED", "LIMIT", "VARIANT", "SET", "JOBS", "SCHEDULER")
+VARIABLES += ("CHECKPOINT", "OPT_LEVEL", "OUT")
+TAKES = {
+    **dict.fromkeys(TARGETS, VARIABLES[:8]),
+    "report": ("PROFILE", "RUN"),
+    "score": ("CHECKPOINT", "VARIANT", "OPT_LEVEL"),
+    "validate": ("CHECKPOINT", "VARIANT", "OPT_LEVEL", "DATA", "LIMIT", "DEVICE"),
+    "pack": ("CHECKPOINT", "OUT", "VARIANT", "DATA", "LIMIT", "DEVICE"),
+    "ablations": ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE", "OUT", "SET"),
+    "pretrained": ("PROFILE", "RUN", "DATA", "OUT"),
+}
+NEEDS = {"validate": ("DATA",), "pack": ("CHECKPOINT", "OUT"), "pretrained": ("DATA",)}
 # What builds the site, and what the site shows besides a run: files of the checkout.
 SITE = tuple(f"study/{name}.py" for name in ("claims", "markup", "pages", "report", "shipped_page", "web"))
-EVIDENCE = ("docs/*", "docs/_static/*", "runs/pretrained/*", "runs/pretrained/*/*")
-EVIDENCE += (*ABLATIONS, "runs/recipes/*.csv", "runs/record/*.csv")
+SHOWN = ("docs/*", "docs/_static/*", "runs/pretrained/*", "runs/pretrained/*/*")
+SHOWN += ("runs/ablations/evidence*", "runs/recipes/*", "runs/record/*", "CITATION.cff")
 INDEX = Path("site", "index.html")
 # No notebook uses these: they run notebooks, or show what they left.
 NOT_USED = {
@@ -85,6 +97,7 @@ class Request:
     def __init__(self, given: Mapping[str, str], goals: str):
         self.given = {name: value for name, value in given.items() if value}
         self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
+        self.goals = [goal for goal in goals.split() if goal in TAKES]
         check_run_name(self.run)
         self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
         # It goes into provenance, which is published: of a file the name, not where this machine has it.
@@ -109,16 +122,26 @@ class Request:
     @property
     def profile(self) -> Profile:
         """The profile as the notebooks will have it."""
-        values = typed(self.parameters)
-        return load_profile(
-            values["PROFILE"],
-            variant=values.get("VARIANT"),
-            data=values.get("DATA"),
-            limit=values.get("LIMIT"),
-            seed=values.get("SEED"),
-            device=values.get("DEVICE"),
-            overrides=values.get("OVERRIDES", ""),
-        )
+        return profile_of(typed(self.parameters))
+
+    def check_variables(self, target: str) -> None:
+        """Refuse a variable that none of the goals takes, which would be ignored; ask for what is needed."""
+        taken = {name for goal in self.goals for name in TAKES[goal]}
+        for name, value in self.given.items():
+            if self.goals and name not in taken:
+                remedies = {
+                    "RUN": f"give CHECKPOINT=runs/{value}/prune" if "CHECKPOINT" in taken else "give OUT=",
+                    "PROFILE": "give CHECKPOINT=" if "CHECKPOINT" in taken else "leave it out",
+                    "SEED": "edit study/ablations.yaml" if "ablations" in self.goals else "leave it out",
+                    "VARIANT": "edit study/ablations.yaml" if "ablations" in self.goals else "leave it out",
+                }
+                goals, remedy = " and ".join(self.goals), remedies.get(name, "leave it out")
+                raise StudyError(f"{name}={value} is nothing that make {goals} takes; {remedy}")
+        examples = {"DATA": "cifar100 or the path of an .npz", "CHECKPOINT": "runs/smoke/prune"}
+        for name in NEEDS.get(target, ()):
+            if name not in self.given:
+                example = examples.get(name, "smoke.safetensors")
+                raise StudyError(f"give {name}=..., for example {name}={example}")
 
     def check(self) -> None:
         """Refuse what no notebook could use, before anything of an earlier run is touched."""
@@ -148,9 +171,8 @@ def common_inputs(request: Request) -> dict[str, str]:
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     found = {"the parameters": _digest(json.dumps(values, sort_keys=True).encode())}
     found["the profile"] = yaml_digest(path)
-    with contextlib.suppress(StudyError):  # of a profile that check() refuses
-        if (data := request.profile.data.source) not in SOURCES:
-            found["the data"] = data_digest(data)
+    if (data := request.profile.data.source) not in SOURCES:
+        found["the data"] = data_digest(data)
     for path in sorted(PACKAGE.rglob("*")):
         inside = path.relative_to(PACKAGE).as_posix()
         if path.suffix in (".py", ".cpp", ".h") and inside not in NOT_USED:
@@ -163,8 +185,9 @@ def common_inputs(request: Request) -> dict[str, str]:
 def site_inputs() -> dict[str, str]:
     """Digests of what the site is made from, but for the run's own notebooks."""
     found = {f"msunet_core/{name}": code_digest(PACKAGE / name) for name in SITE}
-    files = [ROOT / "CITATION.cff", *(path for pattern in EVIDENCE for path in ROOT.glob(pattern))]
-    return found | {str(path.relative_to(ROOT)): file_digest(path) for path in sorted(files)}
+    found["the published recipe"] = yaml_digest(PROFILES / "paper.yaml")
+    files = sorted(path for pattern in SHOWN for path in ROOT.glob(pattern))
+    return found | {str(path.relative_to(ROOT)): file_digest(path) for path in files}
 
 
 def notebook_digest(path: Path) -> str:
@@ -284,37 +307,38 @@ def _write_made(folder: Path, made: dict) -> None:
 
 
 def command_line(target: str, request: Request) -> list[str]:
-    """Arguments of `python -m msunet_core` for score, validate, pack, pretrained and ablations."""
-    given = request.given
-    needed = {"validate": ("DATA",), "pack": ("CHECKPOINT", "OUT"), "pretrained": ("DATA",)}
-    examples = {"DATA": "cifar100 or the path of an .npz", "CHECKPOINT": "runs/smoke/prune"}
-    for name in needed.get(target, ()):
-        if name not in given:
-            raise StudyError(f"give {name}=..., for example {name}={examples.get(name, 'smoke.safetensors')}")
-    if target == "pretrained":
-        network = request.shipped / SHIPPED.name
-        return ["pack", str(request.folder / "prune"), str(network), f"--data={given['DATA']}"]
-    if target == "ablations":
-        for name in ("VARIANT", "SEED", "RUN"):
-            if name in given:
-                remedy = "give a folder, OUT=" if name == "RUN" else "edit study/ablations.yaml"
-                raise StudyError(f"{name}={given[name]} is nothing that the ablations take; {remedy}")
-        names = ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE", "OUT")
-        changes = ["--set", *given["SET"].split()] if "SET" in given else []
-        return [target, *(f"--{name.lower()}={given[name]}" for name in names if name in given), *changes]
-    options = {"VARIANT": "variant", "OPT_LEVEL": "opt-level"}
-    if target == "pack":
-        options = {"VARIANT": "variant", "DATA": "data"}
-    if target == "validate" or (target == "pack" and "DATA" in given):
-        options |= {"DATA": "data", "LIMIT": "limit", "DEVICE": "device"}
-    arguments = [f"--{option}={given[name]}" for name, option in options.items() if name in given]
-    files = [given[name] for name in ("CHECKPOINT", "OUT")[: 1 + (target == "pack")] if name in given]
-    return [target, *(f"./{file}" if file.startswith("-") else file for file in files), *arguments]
+    """Arguments of `python -m msunet_core` for score, validate, pack and ablations."""
+    given = {name: request.given[name] for name in TAKES[target] if name in request.given}
+    files = [given.pop(name) for name in ("CHECKPOINT", "OUT")[: 1 + (target == "pack")] if name in given]
+    changes = ["--set", *given.pop("SET").split()] if "SET" in given else []
+    options = [f"--{name.lower().replace('_', '-')}={value}" for name, value in given.items()]
+    return [target, *(f"./{file}" if file.startswith("-") else file for file in files), *options, *changes]
+
+
+def make_pretrained(request: Request) -> None:
+    """Pack, measure and ship what a run pruned; what was shipped stays until all of it is there."""
+    data, module = request.given["DATA"], [sys.executable, "-m", "msunet_core"]
+    check_finished(request.folder)
+    with (
+        lock_folder(request.folder, request.command),
+        tempfile.TemporaryDirectory(prefix=".shipping", dir=request.folder) as scratch,
+    ):
+        network, levels = Path(scratch, SHIPPED.name), Path(scratch, "levels.csv")
+        for arguments in (
+            ["pack", str(request.folder / "prune"), str(network), f"--data={data}"],
+            ["validate", str(network), f"--data={data}", f"--out={levels}"],
+        ):
+            if status := subprocess.run([*module, *arguments], check=False).returncode:
+                raise SystemExit(status)
+        ship(request.folder, (network, levels), request.shipped)
+    print(f"shipped into {request.shipped}")
 
 
 def run(target: str, request: Request) -> int:
     os.environ["MSUNET_COMMAND"] = request.command  # for provenance.json
+    request.check_variables(target)
     if target in TARGETS:
+        request.profile  # noqa: B018 (refused here, before a folder is made for it)
         flags = f"-{os.environ.get('MAKEFLAGS', '')}".split()[0]
         if not flags.startswith("--") and re.search("[nq]", flags):
             stale = reproduce(request, target, dry=True)
@@ -325,16 +349,10 @@ def run(target: str, request: Request) -> int:
     if target == "report":
         render(request)
         return 0
-    command = [sys.executable, "-m", "msunet_core", *command_line(target, request)]
     if target == "pretrained":
-        check_finished(request.folder)
-        with lock_folder(request.folder, request.command):
-            request.shipped.mkdir(parents=True, exist_ok=True)
-            if status := subprocess.run(command, check=False).returncode:
-                return status
-            ship(request.folder, request.shipped)
-        network, levels = request.shipped / SHIPPED.name, request.shipped / "levels.csv"
-        command[3:] = ["validate", str(network), f"--data={request.given['DATA']}", f"--out={levels}"]
+        make_pretrained(request)
+        return 0
+    command = [sys.executable, "-m", "msunet_core", *command_line(target, request)]
     # In this process's place, so that Ctrl-C and SIGTERM reach what has something to save.
     sys.stdout.flush()
     sys.stderr.flush()

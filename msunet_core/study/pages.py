@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import html
 import importlib
 import json
@@ -24,7 +25,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from ..errors import StudyError, reason
 from ..files import ROOT
 from .claims import NOT_REPRODUCED, REPRODUCED, Claim
-from .profile import Profile, load_profile
+from .profile import Profile, profile_of
 from .provenance import without_folders
 
 MARKS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗"}  # beside the word, never instead of it
@@ -129,22 +130,11 @@ def _anchor(about: str, headings: Sequence[str]) -> str:
 # -- the run -----------------------------------------------------------------------------------
 
 
-def profile_of(provenance: Mapping) -> Profile | None:
+def profile_of_run(provenance: Mapping) -> Profile | None:
     """The profile with which a run was made; None where that is not written down or not there any more."""
-    given = provenance.get("parameters") or {}
-    if not given.get("PROFILE"):
-        return None
-    try:
-        return load_profile(
-            str(given["PROFILE"]),
-            variant=given.get("VARIANT"),
-            data=given.get("DATA"),
-            limit=given.get("LIMIT"),
-            seed=given.get("SEED"),
-            overrides=str(given.get("OVERRIDES") or ""),
-        )
-    except StudyError:
-        return None
+    with contextlib.suppress(StudyError):
+        return profile_of(provenance.get("parameters") or {})
+    return None
 
 
 def run_statement(profile: Profile | None, run: str) -> str:

@@ -54,7 +54,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class Profile:
-    """A whole study: data, network, the two stages, the ablation's training stage.
+    """A whole study: data, network, the two stages, and those of the ablations.
 
     ``expect`` holds bands [low, high] of measured numbers of this profile on its own data, for
     the regression check of the notebooks; a profile or data set without a band is not checked.
@@ -72,7 +72,9 @@ class Profile:
         default_factory=lambda: StageConfig(**SHORT_ABLATIONS["ablation_prune"])
     )
     ablation_width: float = SHORT_ABLATIONS["ablation_width"]
-    ablation_limit: int | None = SHORT_ABLATIONS["ablation_limit"]  # images per class and split; None: all
+    ablation_limit: int | None = SHORT_ABLATIONS[
+        "ablation_limit"
+    ]  # images per class and split; None: as data.limit
     ablation_opt_level: str = "O3"  # at which ablations are tested and scored
     expect: dict[str, list[float]] = field(default_factory=dict)
 
@@ -206,7 +208,6 @@ def load_profile(
             f"profile {str(name)!r} is unknown; {closest(str(name), profile_names())}, or a .yaml file"
         )
     tree = read_yaml(path)
-    tree = _merge(SHORT_ABLATIONS, tree)
     variants = _mapping(tree.pop("variants", None), f"{path}: variants")
     for part in ("network", "data"):
         tree[part] = _mapping(tree.get(part), f"{path}: {part}")
@@ -228,17 +229,27 @@ def load_profile(
             raise StudyError(f"override {shown(key)} names no parameter; write it as train.epochs=3")
         tree = _merge(tree, _nested(key, _parsed(text, f"override {shown(key)}")))
     others = [value for value in (data, limit, seed) if value is not None]
-    if others or overrides or variant != own_variant or not _is_own_data(tree):
+    if others or overrides or variant != own_variant:
         tree["expect"] = {}  # measured with none of these
-    return _build(Profile, tree, where="")
+    return _laid_over(Profile(), tree, where="")
+
+
+def profile_of(parameters: typing.Mapping[str, object]) -> Profile:
+    """The profile that a notebook's parameters mean, by the names of their cell; None and "" say nothing.
+
+    Raises StudyError as :func:`load_profile`, and where no PROFILE is named.
+    """
+    given = {name: value for name, value in parameters.items() if value not in (None, "")}
+    own = {name.lower(): given.get(name) for name in ("VARIANT", "DATA", "LIMIT", "SEED", "DEVICE")}
+    return load_profile(str(given.get("PROFILE", "")), **own, overrides=str(given.get("OVERRIDES", "")))
 
 
 def overridden(profile: Profile, changes: typing.Mapping[str, object]) -> Profile:
     """A profile with other values at dotted names, as ``{"ablation.alpha": 0.3}``; checked like a file's."""
-    tree = dataclasses.asdict(profile)
+    tree: dict = {}
     for key, value in changes.items():
         tree = _merge(tree, _nested(str(key), value))
-    return _build(Profile, tree, where="")
+    return _laid_over(profile, tree, where="")
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -250,10 +261,6 @@ def _nested(key: str, value: object) -> dict:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def _is_own_data(tree: dict) -> bool:
-    return _mapping(tree.get("data"), "data").get("source", "synthetic") == "synthetic"
 
 
 def _mapping(value: object, where: str) -> dict:
@@ -274,18 +281,23 @@ def _merge(base: dict, over: dict, skip_none: bool = False) -> dict:
     return merged
 
 
-def _build(cls: type, tree: object, where: str):
+def _laid_over(base, tree: object, where: str):
+    """A copy of a dataclass with the values of a mapping; what that does not say stays."""
     tree = _mapping(tree, where.rstrip(".") or "profile")
-    kinds = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(type(base))
     for name in tree:
         if name not in kinds:
             raise StudyError(f"parameter {where}{name} is unknown; {closest(name, kinds)}")
-    return cls(**{name: _value(kinds[name], value, f"{where}{name}") for name, value in tree.items()})
+    changes = {
+        name: _value(kinds[name], value, f"{where}{name}", getattr(base, name))
+        for name, value in tree.items()
+    }
+    return dataclasses.replace(base, **changes)
 
 
-def _value(kind, value, where: str):
+def _value(kind, value, where: str, base=None):
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, f"{where}.")
+        return _laid_over(base, value, f"{where}.")
     if isinstance(kind, types.UnionType):
         if value is None:
             return None

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import StudyError
 from ..files import ROOT, atomic_write, read_json
 from ..memory import usable_cores
-from .profile import load_profile
+from .profile import profile_of
 
 # Parameters of a run that name a file.
 FILES = ("DATA", "PROFILE")
@@ -28,10 +28,8 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "papermill"
 
 def seed_of(values: Mapping[str, object]) -> object:
     """The seed of the run: that of OVERRIDES, else SEED, else what the profile says."""
-    if values.get("PROFILE"):
-        with contextlib.suppress(StudyError):
-            overrides = str(values.get("OVERRIDES") or "")
-            return load_profile(str(values["PROFILE"]), seed=values.get("SEED"), overrides=overrides).seed
+    with contextlib.suppress(StudyError):
+        return profile_of(values).seed
     return values.get("SEED")
 
 
@@ -98,11 +96,25 @@ def command() -> str:
 
 
 def without_folders(text: str, parameters: Mapping[str, object]) -> str:
-    """A text as it is published: of files that a run's parameters name the name, others from the checkout."""
+    """A text as it is published: of files that a run's parameters name the name, others from the checkout.
+
+    Where runs lie elsewhere (``MSUNET_RUNS``), theirs begin with ``runs/`` all the same.
+    """
     for path in (str(parameters.get(name) or "") for name in FILES):
         if "/" in path:
             text = text.replace(path, Path(path).name)
+    if runs := os.environ.get("MSUNET_RUNS"):
+        text = text.replace(f"{os.path.abspath(runs)}/", "runs/")
     return text.replace(f"{ROOT}/", "")
+
+
+def published(value: object, parameters: Mapping[str, object]) -> object:
+    """JSON values as they are published, each text :func:`without_folders`."""
+    if isinstance(value, dict):
+        return {name: published(each, parameters) for name, each in value.items()}
+    if isinstance(value, list):
+        return [published(each, parameters) for each in value]
+    return without_folders(value, parameters) if isinstance(value, str) else value
 
 
 def _write(path: Path, about: dict, parts: dict) -> None:

@@ -24,10 +24,11 @@ import nbformat
 
 from ..errors import StudyError, failure, one_line, reason
 from ..files import ROOT, read_json, write_fault
+from ..measure.unpack import SHIPPED
 from . import pages
 from .claims import EVIDENCE, claims, load_shipped, shipped_beside
 from .profile import Profile
-from .provenance import without_folders
+from .provenance import published
 from .shipped_page import shipped_parts
 
 DOCS = ROOT / "docs"
@@ -85,7 +86,7 @@ def _notebook(path: Path) -> nbformat.NotebookNode:
     if not re.fullmatch(r"\w[\w-]*", path.stem):  # it names a page and stands in links
         raise StudyError(f"{path} cannot be a page; rename it to letters, digits, _ and -, or remove it")
     try:
-        return nbformat.reads(without_folders(path.read_text(), {}), 4)
+        return nbformat.from_dict(published(nbformat.read(path, 4), {}))
     except Exception as error:  # nbformat raises its own and others' kinds
         raise StudyError(
             f"{path} is not a notebook ({type(error).__name__}); remove it and run it again"
@@ -98,7 +99,7 @@ def _stage(folder: Path, notebooks: dict[str, nbformat.NotebookNode], source: Pa
     pictures = source / "figures"
     pictures.mkdir()
     provenance, metrics = _read(folder / "provenance.json"), _read(folder / "metrics.json")
-    profile = pages.profile_of(provenance)
+    profile = pages.profile_of_run(provenance)
     statement = pages.run_statement(profile, folder.name)
     titles = {name: pages.title_of(notebook) or name for name, notebook in notebooks.items()}
     for name, notebook in notebooks.items():
@@ -195,9 +196,9 @@ def _offers(folder: Path) -> dict[str, tuple[Path, str]]:
     for name in OFFERED:
         if (folder / name).is_file():
             found[name.replace("/", "_")] = (folder / name, "of this run")
-    for path in sorted((ROOT / "runs" / "pretrained").glob("*")):
-        if path.suffix in (".safetensors", ".onnx", ".csv", ".json"):
-            found[f"shipped_{path.name.removeprefix('shipped_')}"] = (path, "of the shipped network")
+    for path in sorted(SHIPPED.parent.glob("*")):
+        if path.suffix in (".safetensors", ".csv", ".json"):
+            found[f"shipped_{path.name}"] = (path, "of the shipped network")
     for group, begin in (("ablations", EVIDENCE), ("recipes", ""), ("record", "")):
         for path in sorted((ROOT / "runs" / group).glob(f"{begin}*.[cj]s*")):
             found[f"{group}_{path.name}"] = (path, f"evidence, {group}")
@@ -209,7 +210,7 @@ def _offers(folder: Path) -> dict[str, tuple[Path, str]]:
 def _downloads(folder: Path, notebooks: dict) -> str:
     rows = [
         (
-            pages.Html(f"{pages.link(f'downloads/{name}', name)}"),
+            pages.link(f"downloads/{name}", name),
             what,
             f"{path.stat().st_size / 1000:,.1f} kB",
         )
@@ -234,7 +235,8 @@ def _offer(folder: Path, notebooks: dict, downloads: Path) -> None:
         shutil.copyfile(path, downloads / name)
     for name in ["provenance.json", *(f"{name}.ipynb" for name in notebooks)]:
         if (folder / name).is_file():
-            (downloads / name).write_text(without_folders(_text(folder / name), parameters))
+            told = published(read_json(folder / name), parameters)
+            (downloads / name).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict:

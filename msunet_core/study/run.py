@@ -40,7 +40,8 @@ def check_run_name(run: str) -> None:
     """Refuse a RUN that is not the plain name of a folder, or that of committed results."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run):
         raise StudyError(
-            f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; choose another"
+            f"RUN {run!r} is not a folder name of letters, digits, '.', '_' and '-'; give another, RUN=... "
+            "(by default it is the profile's name)"
         )
     if run in COMMITTED:
         raise StudyError(f"RUN {run!r} is the folder of committed results; choose another name")
@@ -93,8 +94,7 @@ class Study:
         """The images, loaded at first use."""
         if self._data is None:
             source = self.profile.data
-            options = dict(limit=source.limit, seed=self.profile.seed, cache=ROOT / "data")
-            self._data = load_data(source.source, **options)
+            self._data = load_data(source.source, limit=source.limit, seed=self.profile.seed)
         return self._data
 
     @property
@@ -155,7 +155,7 @@ class Study:
         """
         own = self.has_finished("prune")
         whole = self.profile.network.width == 1.0 and self.profile.data.limit is None
-        if self.fits_shipped and not (own and (whole or not is_shipped())):
+        if self.fits_shipped and is_shipped() and not (own and whole):
             return "the shipped network", load_network(shipped(), self.profile.network.variant)[0]
         return "the network of this run", self.checkpoint("prune")
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import StudyError
 from ..files import atomic_path, atomic_write, read_json
 from ..training.records import epoch_seconds
-from .provenance import without_folders
+from .provenance import published
 
 # What of a run is shipped beside its network: how it went, and how it was made.
-EVIDENCE = {
+COPIED = {
     "train/history.csv": "train_history.csv",
     "train/layers.csv": "train_layers.csv",
     "prune/history.csv": "prune_history.csv",
@@ -28,7 +29,7 @@ def check_finished(run: Path) -> dict:
     Raises StudyError where something is missing, or of no use.
     """
     # A stage writes metrics.json at its end alone.
-    needed = ("train/metrics.json", "prune/metrics.json", *EVIDENCE, "provenance.json")
+    needed = ("train/metrics.json", "prune/metrics.json", *COPIED, "provenance.json")
     missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise StudyError(f"{run} has no {missing[0]}; run notebooks 02 and 03 there first: make prune")
@@ -38,15 +39,20 @@ def check_finished(run: Path) -> dict:
     return provenance
 
 
-def ship(run: Path, folder: Path) -> None:
-    """Copy histories, curves and provenance of a finished run into ``folder``, no path of this machine."""
+def ship(run: Path, measured: Iterable[Path], folder: Path) -> None:
+    """Put a finished run into ``folder``: its packed network, what was measured of it, and how it was made.
+
+    measured : the files of the former two. Histories, curves and provenance come from the run, without a path
+        of this machine
+    """
     provenance = check_finished(run)
     provenance["epoch_seconds"] = {
         stage: list(epoch_seconds(run / stage).values()) for stage in ("train", "prune")
     }
+    told = json.dumps(published(provenance, provenance["parameters"]), indent=1, ensure_ascii=False)
+    copies = {path.name: path for path in measured} | {name: run / source for source, name in COPIED.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    for source, name in EVIDENCE.items():
+    for name, path in copies.items():
         with atomic_path(folder / name) as partial:
-            shutil.copyfile(run / source, partial)
-    told = json.dumps(provenance, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(folder / "provenance.json", without_folders(told, provenance["parameters"]))
+            shutil.copyfile(path, partial)
+    atomic_write(folder / "provenance.json", told + "\n")

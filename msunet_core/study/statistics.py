@@ -1,4 +1,4 @@
-"""What a few seeds can tell: differences to the baseline, seed by seed, and whether they are resolved.
+"""What a few seeds can tell: differences to a reference row, seed by seed, and whether they are resolved.
 
 Two rows of one seed share what the seed fixes: the order of the images, their augmentation and, where the
 networks have one shape, the initial weights. Taking differences seed by seed removes what that does to both:
@@ -15,9 +15,9 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 50_000
-# Up to so many pairs all 2^n choices of signs are counted; of more pairs, so many are drawn.
+# Up to so many pairs all 2^n choices of signs are counted; of more pairs, RESAMPLES of them are drawn.
 EXACT_PAIRS = 16
+RESAMPLES = 50_000
 # Fewer pairs resolve nothing at 95 %: five of one sign come up by chance in 2 / 2^5 = 6 % of all cases, and
 # no resampling of so few values knows their tails.
 FEWEST = 6
@@ -32,7 +32,7 @@ class Effect:
     sd : their standard deviation, n - 1 in the divisor; NaN for one pair
     low, high : 95 % bootstrap interval of the mean difference; NaN for fewer than ``FEWEST`` pairs
     p : exact two-sided sign-flip p of "no difference": the share of the 2^n choices of signs that give a mean
-        at least as far from 0; never less than 2 / 2^n
+        at least as far from 0, so never less than 2 / 2^n; of more than ``EXACT_PAIRS`` pairs an estimate
     """
 
     pairs: int
