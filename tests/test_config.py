@@ -18,7 +18,7 @@ def refused(message, **arguments):
 
 
 def test_the_profiles_of_the_study_can_all_be_read_for_all_variants():
-    assert profile_names() == ["cpu", "cpu2h", "evidence", "paper", "quick", "smoke"]
+    assert {"cpu", "cpu2h", "evidence", "paper", "quick", "smoke"} <= {*profile_names()}
     for name in profile_names():
         for variant in ("v1", "v2", "v3"):
             profile = load_profile(name, variant=variant)

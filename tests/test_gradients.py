@@ -38,8 +38,6 @@ CASES = [
     ("v2", "ternary", 0.0),
     ("v3", "ternary", ALPHA),
     ("v3", "ternary", 0.0),
-    pytest.param(("v1", "ternary", 0.0), marks=pytest.mark.slow),
-    pytest.param(("v2", "ternary", ALPHA), marks=pytest.mark.slow),
     pytest.param(("v3", "binary", ALPHA), marks=pytest.mark.slow),
 ]
 

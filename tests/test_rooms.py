@@ -79,7 +79,3 @@ def test_the_network_knows_nothing_of_what_makes_it_faster():
     assert [
         path.name for path in (PACKAGE / "model").glob("*.py") if any("fast" in r for r in imported(path))
     ] == []
-
-
-def test_there_is_no_room_for_odds_and_ends():
-    assert [path.stem for path in modules() if "util" in path.stem or "helper" in path.stem] == []

@@ -45,12 +45,6 @@ def test_a_number_outside_of_its_band_changes_what_the_page_says(study, value, s
     assert banded(study, top1=[10.0, 20.0]).expected("top1", value) == says
 
 
-def test_bands_hold_for_the_profiles_own_data_only():
-    assert load_profile("smoke").expect
-    assert load_profile("smoke", data="some.npz").expect == {}
-    assert load_profile("smoke", limit=3).expect == {}
-
-
 def test_without_a_band_the_number_itself_is_shown(study):
     assert study.expected("new", 3.14159) == "new: 3.142 (this profile and data have no band for it)"
 

@@ -113,9 +113,10 @@ def plot_front(table: pd.DataFrame) -> plt.Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(x=0.15, y=0.15)
         ax.set(xlabel="score (log scale, lower is better)", ylabel="top-1 (%)")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2, fontsize=8, frameon=False)
     near.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))  # rows lie within one power of ten
     near.set_title("Upper left is better. Bars: sd over seeds", fontsize=10, loc="left")
+    if len(rows):
+        near.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2, fontsize=8, frameon=False)
     far.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=2, fontsize=8, frameon=False)
     far.set_title("For orientation: wide networks, trained in full", fontsize=10, loc="left")
     return figure

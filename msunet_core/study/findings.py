@@ -138,8 +138,8 @@ def budget_of(results: Results) -> str:
             f"test, {budget['classes']} classes. The test images chose nothing.",
             f"- **Networks**: width {budget['width']:g}, batches of {budget['batch_size']}, "
             f"{budget['epochs']} epochs{shrunk}; pruned rows are pruned at once and have "
-            f"{budget['pruning_epochs']} more. Learning rate and image sizes are those with which the "
-            "baseline learned most of held-out training images, and were not chosen again for any other row.",
+            f"{budget['pruning_epochs']} more. Learning rate and image sizes were chosen for the "
+            "baseline alone, on held-out training images, in trials that were not kept.",
             f"- **Runs**: {made['rows']} rows with {len(made['seeds'])} seeds each, which share "
             f"{made['runs']} runs; {hours:.1f} hours of runs on a shared machine, each on {threads} of "
             f"{', '.join(made['processors'])}.",
