@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from msunet_core import StudyError
 from msunet_core.data.sources import save_npz
 from msunet_core.files import lock_folder
-from msunet_core.study import make, runner, ship
+from msunet_core.study import make, runner, ship, shipped_page
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = list(make.NOTEBOOKS)
@@ -463,6 +463,7 @@ def test_a_run_is_shipped_whole_into_the_folder_that_is_named_or_not_at_all(chec
         return subprocess.CompletedProcess(command, int(command[3] in fails))
 
     monkeypatch.setattr(make.subprocess, "run", done)
+    monkeypatch.setattr(shipped_page, "save_budget", lambda path: commands.append(path))
     with lock_folder(checkout.folder / "runs/cpu2h"), pytest.raises(StudyError, match="is in use"):
         make.run("pretrained", asked)
     with pytest.raises(SystemExit):
@@ -470,7 +471,8 @@ def test_a_run_is_shipped_whole_into_the_folder_that_is_named_or_not_at_all(chec
     assert [command[0] for command in commands] == ["pack", "validate"] and not Path("two").exists()
     fails.clear()
     assert make.run("pretrained", asked) == 0
-    (_, _, (pack, start, packed, *_), (validate, measured, data, *_)) = commands
+    (_, _, (pack, start, packed, *_), (validate, measured, data, *_), picture) = commands
+    assert picture == checkout.folder / "runs/pretrained/budget.png"
     assert (pack, start, validate, data) == ("pack", "runs/cpu2h/prune", "validate", "--data=d.npz")
     assert packed == measured
     names = {*ship.COPIED.values(), "provenance.json", "levels.csv", "msunet_v3.safetensors"}

@@ -331,6 +331,9 @@ def make_pretrained(request: Request) -> None:
             if status := subprocess.run([*module, *arguments], check=False).returncode:
                 raise SystemExit(status)
         ship(request.folder, (network, levels), request.shipped)
+    from .shipped_page import save_budget  # importing SciPy takes a second
+
+    save_budget(SHIPPED.with_name("budget.png"))
     print(f"shipped into {request.shipped}")
 
 

@@ -10,12 +10,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from torch import nn
 
+from ..files import atomic_path
 from ..measure.account import account
 from ..measure.pack import letter_of
 from ..measure.packed_format import KINDS, PARTS
 from ..measure.scoring import RANKED_FROM
 from ..model.ternary import TernaryConv2d
-from .claims import Shipped, published_epochs
+from .claims import Shipped, load_shipped, published_epochs, shipped_beside
 from .pages import figure, kinds_table, provenance_table, table
 from .published import PUBLISHED_V3, published_record
 
@@ -89,13 +90,17 @@ def _save(drawn: plt.Figure, folder: Path, name: str) -> str:
     return f"figures/{name}.svg"
 
 
-def _budget(every: list[Shipped], folder: Path) -> str:
-    """Accuracy of each network over its stages, by epochs beside the published record, and by hours."""
-    courses = [(one, one.course()) for one in every if one.histories]
-    if not courses:
-        return ABSENT
-    record = published_record()
-    drawn, axes = plt.subplots(2, figsize=(WIDTH, 5.6), layout="constrained")
+def draw_budget(every: list[Shipped], across: bool = False) -> tuple[plt.Figure, str]:
+    """Accuracy of each network over its stages, by epochs beside the published record, and by hours.
+
+    every : networks with histories
+    across : the two pictures beside each other, for a wide page
+
+    Returns the figure and what it tells of each network, in words.
+    """
+    courses, record = [(one, one.course()) for one in every], published_record()
+    shape = dict(ncols=2, figsize=(2 * WIDTH, 3)) if across else dict(nrows=2, figsize=(WIDTH, 5.6))
+    drawn, axes = plt.subplots(**shape, layout="constrained")
     axes[0].plot(record["epoch"] + 1, record["top1"], "o-", ms=3, color="0.5", label="published")
     told = []
     for (one, course), colour in zip(courses, itertools.cycle(COURSES), strict=False):
@@ -109,17 +114,33 @@ def _budget(every: list[Shipped], folder: Path) -> str:
         on = f" hours on {one.provenance.get('hardware', {}).get('cores', '?')} cores"
         told.append(words + ("" if math.isnan(last["hours"]) else f" and {last['hours']:.1f}{on}"))
     axes[0].set(xlabel="epochs", xscale="log", title="Accuracy by epochs")
-    axes[1].set(xlabel="hours of training", title="Accuracy by time")
+    axes[1].set(xlabel="hours of training", xlim=(0, None), title="Accuracy by time")
     for ax in axes:
         ax.set(ylabel="top-1 (%)", ylim=(0, 85))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    words = "; ".join(told)
+    return drawn, "; ".join(told)
+
+
+def save_budget(path: Path) -> None:
+    """Draw that picture of all shipped networks as a PNG, for README."""
+    every = [one for one in (load_shipped(), *shipped_beside()) if one and one.histories]
+    with plt.rc_context({"backend": "Agg"}), atomic_path(path) as partial:
+        drawn, _ = draw_budget(every, across=True)
+        drawn.savefig(partial, dpi=110, format="png")
+    plt.close(drawn)
+
+
+def _budget(every: list[Shipped], folder: Path) -> str:
+    every = [one for one in every if one.histories]
+    if not every:
+        return ABSENT
+    drawn, words = draw_budget(every)
     return figure(
         _save(drawn, folder, "shipped-budget"),
         f"Top-1 over epochs on a logarithmic axis, the published record too, and over hours. {words}.",
         f"What a small budget buys: {words}; before its pruning, the published network took "
-        f"{record['epoch'].max() + 1:,} epochs.",
+        f"{published_record()['epoch'].max() + 1:,} epochs.",
         "fig-shipped-budget",
     )
 
