@@ -168,6 +168,17 @@ def test_what_stability_tells_of_layers_that_ran_away_is_what_was_recorded():
     grown = (spread.loc[9] / spread.loc[8]).max()
     empty = decay[decay["epochs"] == 9]["empty_channels"].max()
     assert f"grew {grown:.0f}-fold, and {empty:.0%}".replace("%", " %") in told
+    rising = pd.read_csv(ROOT / "runs" / "recipes" / "rising_layers.csv").query("epochs == 15")
+    alpha = pd.read_csv(ROOT / "runs" / "recipes" / "rising_history.csv")["alpha"].iloc[14]
+    assert (
+        f"at α = {alpha:.2f}, `{rising.iloc[0]['layer']}` had\n{100 * rising.iloc[0]['zeros']:.0f} %" in told
+    )
+    assert f"distributed weights have {100 * math.erf(alpha / math.sqrt(2)):.0f} %" in told
+    shipped = pd.read_csv(SHIPPED.with_name("train_layers.csv"))
+    zeros = shipped[shipped["epochs"] == shipped["epochs"].max()]["zeros"]
+    assert f"the shipped network {100 * zeros.min():.0f} to {100 * zeros.max():.0f} %" in told.replace(
+        "\n", " "
+    )
 
 
 def test_every_file_that_the_pages_link_exists():
