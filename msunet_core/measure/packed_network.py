@@ -66,6 +66,7 @@ class PackedNetwork:
     Notes
     -----
     Where there is no compiler, or with ``MSUNET_FAST=0``, the network is unpacked and runs in PyTorch at O0.
+    It may be called from several threads, and in a process that was forked while no call was running.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):

@@ -25,11 +25,12 @@ from ..training.interrupt import terminable
 from ..training.records import Progress, shown_progress
 from .grid import Grid
 from .grid_results import keep_results, known_results
-from .grid_runs import Plan, Run, code_of_runs, perform, plan, source_of, versions
+from .grid_runs import Plan, Run, code_of_runs, perform, plan, source_of
 from .profile import Profile
-from .provenance import command
+from .provenance import command, versions
 from .statistics import effect
 
+PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
 COMPARED = ("difference", "sd_difference", "low", "high", "p")
 MEASURED = ("top1", "top5", "loss", "params", "flops", "score")
 COLUMNS = (
@@ -294,5 +295,5 @@ def _provenance(made: dict, before: dict, todo: Plan, results: dict, began: floa
         "processors": sorted({result["cpu"] for result in succeeded}),
         "threads_per_run": sorted({result["threads"] for result in succeeded}),
         "commits": sorted({str(result["commit"]) for result in succeeded}),
-        **versions(),
+        **versions(PACKAGES),
     }

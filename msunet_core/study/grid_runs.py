@@ -10,10 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +39,6 @@ from .run import new_network
 
 RESULT = "result.json"
 MEASURING = ("measure/evaluation.py", "measure/packed_format.py", "measure/scoring.py")
-PACKAGES = ("torch", "numpy", "scipy", "dask", "distributed")
 
 
 @dataclass(frozen=True)
@@ -243,13 +240,3 @@ def layers_that_ran_away(folder: Path) -> int:
     with contextlib.suppress(pd.errors.EmptyDataError):
         return len(ran_away(pd.read_csv(folder / "layers.csv").to_dict("records")))
     return 0
-
-
-def versions() -> dict:
-    """What the numbers depend on besides the recipe: Python, packages, hardware, commit."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": hardware(),
-        "git": git_state(),
-    }

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import StudyError
@@ -117,6 +117,16 @@ def published(value: object, parameters: Mapping[str, object]) -> object:
     return without_folders(value, parameters) if isinstance(value, str) else value
 
 
+def versions(packages: Iterable[str]) -> dict[str, object]:
+    """What numbers depend on besides the recipe: Python, these packages, hardware, commit."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": hardware(),
+        "git": git_state(),
+    }
+
+
 def _write(path: Path, about: dict, parts: dict) -> None:
     (entries,) = parts.values()
     entries = list(entries.values()) if isinstance(entries, dict) else entries
@@ -125,10 +135,7 @@ def _write(path: Path, about: dict, parts: dict) -> None:
         **about,
         "started": min(entry["started"] for entry in entries),
         "wall_seconds": round(sum(entry["wall_seconds"] for entry in entries), 2),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": hardware(),
-        "git": git_state(),
+        **versions(PACKAGES),
         **parts,
     }
     atomic_write(path, json.dumps(provenance, indent=1) + "\n")
