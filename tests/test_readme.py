@@ -170,15 +170,41 @@ def test_what_stability_tells_of_layers_that_ran_away_is_what_was_recorded():
     assert f"grew {grown:.0f}-fold, and {empty:.0%}".replace("%", " %") in told
     rising = pd.read_csv(ROOT / "runs" / "recipes" / "rising_layers.csv").query("epochs == 15")
     alpha = pd.read_csv(ROOT / "runs" / "recipes" / "rising_history.csv")["alpha"].iloc[14]
+    told = told.replace("\n", " ")
     assert (
-        f"at α = {alpha:.2f}, `{rising.iloc[0]['layer']}` had\n{100 * rising.iloc[0]['zeros']:.0f} %" in told
+        f"at α = {alpha:.2f}, `{rising.iloc[0]['layer']}` had {100 * rising.iloc[0]['zeros']:.0f} %" in told
     )
     assert f"distributed weights have {100 * math.erf(alpha / math.sqrt(2)):.0f} %" in told
     shipped = pd.read_csv(SHIPPED.with_name("train_layers.csv"))
     zeros = shipped[shipped["epochs"] == shipped["epochs"].max()]["zeros"]
-    assert f"the shipped network {100 * zeros.min():.0f} to {100 * zeros.max():.0f} %" in told.replace(
-        "\n", " "
-    )
+    assert f"the shipped network {100 * zeros.min():.0f} to {100 * zeros.max():.0f} %" in told
+    runs = json.loads((ROOT / "runs" / "ablations" / "evidence_runs.json").read_text())
+    trained = {name: run["ran_away"] > 0 for name, run in runs.items() if name.startswith("train-")}
+    discrete = [away for name, away in trained.items() if "-float-" not in name]
+    assert f"in {sum(discrete)} of the {len(discrete)} trainings with ternary or binary weights" in told
+    assert f"In {sum(trained.values())} of the {len(trained)} trainings a ternary layer froze" in README
+
+
+def test_what_stability_tells_of_the_seeds_is_what_was_recorded():
+    told = (ROOT / "docs" / "stability.md").read_text().replace("\n", " ")
+    seeds = read_results(ROOT / "runs" / "ablations", "evidence").seeds
+    trained = ("baseline", "gradient", "alpha", "CutMix", "consistency", "random erasing")
+    costs = {}
+    for row, of in seeds[seeds["choice"].isin(trained)].groupby(["choice", "value"], sort=False):
+        away = of["ran_away"] > 0
+        if 0 < away.sum() < len(of):
+            costs[row] = of["top1"][~away].mean() - of["top1"][away].mean()
+    assert f"up to {max(costs.values()):.1f} points below" in told
+    above = {row for row, cost in costs.items() if cost < 0}
+    assert above == {
+        ("CutMix", "on"),
+        ("consistency", "off"),
+        ("consistency", "as released"),
+    }  # two rows, one twice
+    by = seeds.set_index(["choice", "value"])
+    baseline, other = by.loc["baseline", "v3"].set_index("seed"), by.loc["alpha", "0.3"].set_index("seed")
+    (seed,) = baseline.index[baseline["ran_away"] == 0]
+    assert f"α 0.3 is {other['top1'][seed] - baseline['top1'][seed]:.1f} points better" in told
 
 
 def test_every_file_that_the_pages_link_exists():
