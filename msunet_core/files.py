@@ -225,11 +225,7 @@ def lock_folder(folder: str | os.PathLike, command: str | None = None) -> Iterat
     Raises StudyError naming pid, start time and command of the process that holds the folder.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-    except OSError as error:
-        raise write_fault(error.filename or folder, error) from error
+    descriptor = _open_lock(folder)
     try:
         _take(descriptor, folder, command or " ".join(sys.argv))
         yield descriptor
@@ -240,16 +236,20 @@ def lock_folder(folder: str | os.PathLike, command: str | None = None) -> Iterat
 @contextlib.contextmanager
 def taking_turns(folder: Path) -> Iterator[None]:
     """Make `folder`, wait until no other process is in here with it, and keep them out meanwhile."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-    except OSError as error:
-        raise write_fault(error.filename or folder, error) from error
+    descriptor = _open_lock(folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _open_lock(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        raise write_fault(error.filename or folder, error) from error
 
 
 def _take(descriptor: int, folder: Path, command: str) -> None:
