@@ -498,7 +498,7 @@ def test_a_run_is_shipped_whole_into_the_folder_that_is_named_or_not_at_all(chec
             {"SEED": "1"},
             "SEED=1 is nothing that make ablations takes; edit study/ablations.yaml",
         ),
-        ("ablations", {"RUN": "a"}, "RUN=a is nothing that make ablations takes; give OUT="),
+        ("ablations", {"RUN": "a"}, "RUN=a is nothing that make ablations takes; give a folder, OUT="),
         ("train prune", {"OPT_LEVEL": "O3"}, "OPT_LEVEL=O3 is nothing that make train and prune takes"),
     ],
 )

@@ -76,6 +76,10 @@ TAKES = {
     "ablations": ("PROFILE", "JOBS", "SCHEDULER", "DATA", "LIMIT", "DEVICE", "OUT", "SET"),
     "pretrained": ("PROFILE", "RUN", "DATA", "OUT"),
 }
+INSTEAD = {  # of what the ablations do not take
+    "RUN": "give a folder, OUT=",
+    **dict.fromkeys(("SEED", "VARIANT"), "edit study/ablations.yaml"),
+}
 NEEDS = {"validate": ("DATA",), "pack": ("CHECKPOINT", "OUT"), "pretrained": ("DATA",)}
 # What builds the site, and what the site shows besides a run: files of the checkout.
 SITE = tuple(f"study/{name}.py" for name in ("claims", "markup", "pages", "report", "shipped_page", "web"))
@@ -129,14 +133,14 @@ class Request:
         taken = {name for goal in self.goals for name in TAKES[goal]}
         for name, value in self.given.items():
             if self.goals and name not in taken:
-                remedies = {
-                    "RUN": f"give CHECKPOINT=runs/{value}/prune" if "CHECKPOINT" in taken else "give OUT=",
-                    "PROFILE": "give CHECKPOINT=" if "CHECKPOINT" in taken else "leave it out",
-                    "SEED": "edit study/ablations.yaml" if "ablations" in self.goals else "leave it out",
-                    "VARIANT": "edit study/ablations.yaml" if "ablations" in self.goals else "leave it out",
-                }
-                goals, remedy = " and ".join(self.goals), remedies.get(name, "leave it out")
-                raise StudyError(f"{name}={value} is nothing that make {goals} takes; {remedy}")
+                remedy = "leave it out"
+                if name in ("RUN", "PROFILE") and "CHECKPOINT" in taken:
+                    remedy = f"give CHECKPOINT=runs/{Path(value).stem}/prune"
+                elif "ablations" in self.goals:
+                    remedy = INSTEAD.get(name, remedy)
+                raise StudyError(
+                    f"{name}={value} is nothing that make {' and '.join(self.goals)} takes; {remedy}"
+                )
         examples = {"DATA": "cifar100 or the path of an .npz", "CHECKPOINT": "runs/smoke/prune"}
         for name in NEEDS.get(target, ()):
             if name not in self.given:
