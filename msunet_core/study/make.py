@@ -65,10 +65,10 @@ TARGETS = {
     "prune": ("02_ternary_training", "03_fp16_pruning"),
 }
 # What a request may be given, in the order in which its command is told, and what of it each target takes.
-VARIABLES = ("PROFILE", "DATA", "RUN", "DEVICE", "SEED", "LIMIT", "VARIANT", "SET", "JOBS", "SCHEDULER")
-VARIABLES += ("CHECKPOINT", "OPT_LEVEL", "OUT")
+OF_A_RUN = ("PROFILE", "DATA", "RUN", "DEVICE", "SEED", "LIMIT", "VARIANT", "SET")
+VARIABLES = (*OF_A_RUN, "JOBS", "SCHEDULER", "CHECKPOINT", "OPT_LEVEL", "OUT")
 TAKES = {
-    **dict.fromkeys(TARGETS, VARIABLES[:8]),
+    **dict.fromkeys(TARGETS, OF_A_RUN),
     "report": ("PROFILE", "RUN"),
     "score": ("CHECKPOINT", "VARIANT", "OPT_LEVEL"),
     "validate": ("CHECKPOINT", "VARIANT", "OPT_LEVEL", "DATA", "LIMIT", "DEVICE"),
