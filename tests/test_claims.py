@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import pandas as pd
@@ -25,6 +26,7 @@ from msunet_core.study.claims import (
     wilson,
 )
 from msunet_core.study.published import FIRST_LOSSES
+from msunet_core.study.shipped_page import shipped_parts
 
 
 def ablations(folder, *rows):
@@ -144,6 +146,27 @@ def test_the_course_of_a_network_goes_over_its_stages_and_keeps_the_tested_epoch
     assert course["top1"].tolist() == [50.0, 60.0, 58.0]
     untimed = dataclasses.replace(stand_in, provenance={"epoch_seconds": {"train": [1800, 1800, 3600]}})
     assert untimed.course()["hours"].tolist() == pytest.approx([1.0, 2.0, nan], nan_ok=True)
+
+
+def test_every_network_beside_the_shipped_one_is_in_the_table_the_picture_and_its_words(tmp_path):
+    """Five of them, which is more than there are colours; one does not know its hours."""
+    shipped = load_shipped()
+    beside = [
+        dataclasses.replace(shipped, provenance={**shipped.provenance, "profile": f"other{number}"})
+        for number in range(5)
+    ]
+    beside[4].provenance.pop("epoch_seconds")
+    parts = shipped_parts(shipped, beside, tmp_path)
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", parts["headline"])
+    names = [f"other{number}" for number in range(5)]
+    assert heads[1:] == ["published", "shipped here", *(f"beside it: {name}" for name in names)]
+    rows = re.findall(r"<tr><td>(.*?)</tr>", parts["headline"])
+    assert [row.count("<td") for row in rows] == [len(heads) - 1] * 7
+    assert rows[0].count(f"{shipped.top1[0]:.2f} %") == 6
+    reached = f"reaches {shipped.top1[0]:.1f} % in {shipped.epochs} epochs"
+    told = parts["shipped_budget"]
+    assert all(f"{name} {reached} and " in told for name in names[:4]) and f"other4 {reached}; before" in told
+    assert (tmp_path / "shipped-budget.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow
