@@ -104,8 +104,10 @@ def test_the_batch_size_changes_nothing_but_rounding(new_network, images):
 @pytest.mark.parametrize(
     ("count", "labels", "message"),
     [
-        (0, [], "0 images and 0 labels"),
-        (3, [0, 1], "3 images and 2 labels"),
+        (0, [], "0 images and labels"),
+        (3, [0, 1], r"3 images and labels torch.int64 \(2,\)"),
+        (2, [[0], [1]], r"2 images and labels torch.int64 \(2, 1\)"),
+        (2, [0.0, 1.5], r"2 images and labels torch.float32 \(2,\)"),
         (2, [0, 4], "labels 0 .. 4 do not fit 4 classes"),
         (2, [-1, 0], "labels -1 .. 0 do not fit 4 classes"),
     ],
@@ -113,6 +115,20 @@ def test_the_batch_size_changes_nothing_but_rounding(new_network, images):
 def test_labels_that_do_not_fit_are_refused(new_network, count, labels, message):
     with pytest.raises(StudyError, match=message):
         evaluate(new_network(), torch.zeros(count, 32, 32, 3, dtype=torch.uint8), torch.tensor(labels))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 32, 32, 3),  # scaled to 0..1 already, which would count as black
+        torch.zeros(2, 32, 32, 3, dtype=torch.int8),
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 16, 32, 3, dtype=torch.uint8),
+    ],
+)
+def test_images_that_are_not_as_they_are_stored_are_refused(new_network, images):
+    with pytest.raises(StudyError, match=r"not uint8 \(N, 32, 32, 3\)"):
+        evaluate(new_network(), images, torch.tensor([0, 1]))
 
 
 def test_labels_of_any_integer_type_count(new_network, images):

@@ -65,6 +65,9 @@ def test_what_crosses_is_what_differs_at_o3_whatever_the_size_of_w(new_network, 
     ]
     found = crossings(network)
     assert list(zip(found["layer"], found["index"], strict=True)) == differing
+    for name, crossed in found.groupby("layer"):  # rounded, and all of a layer rescaled by one number
+        ratio = crossed["half"] / crossed["weight"]
+        assert weights == "binary" or ratio.max() <= ratio.min() * (1 + 2**-10), name
     assert rounded(network).conv_head.weight.isfinite().all() and not (found["half"].abs() > 65504).any()
     assert weights == "binary" or differing
 

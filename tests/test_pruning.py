@@ -79,6 +79,12 @@ def test_prune_to_target_reaches_the_published_sparsities():
         assert zeros == pytest.approx(0.9 if ".se." in name else 0.5, abs=1 / 400), name
 
 
-def test_an_unknown_pruner_is_refused():
+def test_what_would_prune_nothing_or_the_wrong_weights_is_refused():
+    network = build_msunet("v3", width=0.25)
     with pytest.raises(StudyError, match="pruner 'V4' is unknown"):
-        Pruner({}, "V4")
+        Pruner(named(network), "V4")
+    with pytest.raises(StudyError, match="no weight is called like those of group 'se'"):
+        prune_to_target(torch.nn.Sequential(network))  # names have a prefix
+    for sparsity in (-0.1, 1.5, float("nan")):
+        with pytest.raises(StudyError, match=f"sparsity {sparsity} is not a share"):
+            smallest_mask(torch.ones(4), sparsity)

@@ -15,6 +15,7 @@ from msunet_core import StudyError
 from msunet_core.data.augment import draw_boxes, draw_epoch_plan
 from msunet_core.files import ROOT
 from msunet_core.model.checkpoint import load_checkpoint
+from msunet_core.model.pruning import targets_of
 from msunet_core.study import published, teaching
 from msunet_core.study.run import Study
 from msunet_core.training.learner import Learner
@@ -236,8 +237,7 @@ def test_a_planted_loss_scale_overflows_until_it_has_fallen_and_no_weight_moves_
 
 
 def test_the_epoch_of_the_targets_is_the_first_with_all_of_them_or_none():
-    config = StageConfig(pruner="V2", se_sparsity=0.8, ramp_epochs=4)
-    targets = teaching.targets_of(config)
+    targets = targets_of("V2", se_sparsity=0.8)
     assert targets == {"se": 0.8, "dw": 0.5}
     history = pd.DataFrame({"epoch": [3, 4, 5], "target_se": [0.7, 0.8, 0.8], "target_dw": [0.4, 0.4, 0.5]})
     assert teaching.epoch_of_targets(history, targets) == 5

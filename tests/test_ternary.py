@@ -200,6 +200,22 @@ def test_a_batch_of_one_is_a_row_of_the_batch():
     torch.testing.assert_close(conv(x[2:3]), conv(x)[2:3], rtol=1e-12, atol=1e-12)
 
 
-def test_unknown_weights_are_refused():
+def test_unknown_weights_gradients_and_thresholds_are_refused():
     with pytest.raises(StudyError, match="octal"):
         TernaryConv2d(4, 4, weights="octal", alpha=ALPHA)
+    network = build_msunet(width=0.125)
+    with pytest.raises(StudyError, match="gradient 'octal' is unknown"):
+        set_gradient(network, "octal")
+    for alpha in (-1.0, math.nan, math.inf, "0.3"):
+        with pytest.raises(StudyError, match="is not a number >= 0"):
+            set_alpha(network, alpha)
+
+
+def test_layers_with_thresholds_of_their_own_have_no_one_config():
+    """A checkpoint holds one alpha: it would be read as another network."""
+    network = build_msunet(width=0.125)
+    set_alpha(network, 0.3)
+    assert network.config["alpha"] == 0.3
+    network.conv_head.alpha = 1.5
+    with pytest.raises(StudyError, match=r"2 thresholds, from 0.3 to 1.5"):
+        network.config  # noqa: B018

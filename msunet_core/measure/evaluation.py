@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.images import normalise
+from ..data.images import IMAGE_SIZE, normalise
 from ..errors import StudyError
 from ..fast.accelerate import accelerated
 from ..model.precision import apply_opt_level, without_tf32
@@ -36,11 +36,21 @@ def class_scores(
     Returns
     -------
     float32 (N, classes), on the model's device; of a PackedNetwork on the CPU
+
+    Raises
+    ------
+    StudyError : images of another type or shape, or a PackedNetwork asked for another level
     """
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise StudyError(
+            f"images are {images.dtype} {tuple(images.shape)}, not uint8 (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3); "
+            "give them as they are stored, not normalised"
+        )
     if isinstance(model, PackedNetwork):
         if opt_level not in (None, "O0"):
             raise StudyError(f"a PackedNetwork computes at O0, not {opt_level}; unpack the file for that")
-        return torch.from_numpy(model(torch.as_tensor(images).cpu().numpy()))
+        return torch.from_numpy(model(images.cpu().numpy()))
     if opt_level is not None and opt_level != getattr(model, "opt_level", "O0"):
         model = apply_opt_level(copy.deepcopy(model), opt_level)
     device = next(model.parameters()).device
@@ -48,7 +58,7 @@ def class_scores(
     model.eval()
     try:
         with accelerated(model), without_tf32():
-            batches = torch.as_tensor(images).split(batch_size)
+            batches = images.split(batch_size)
             parts = [model(normalise(batch.to(device))).float() for batch in batches]
     finally:
         model.train(was_training)
@@ -78,14 +88,16 @@ def evaluate(
 
     Raises
     ------
-    StudyError : no image, another number of labels than of images, or scores that are not finite
+    StudyError : no image, images of another type or shape, labels that are not one whole number for each
+        image, or scores that are not finite
     """
-    labels = torch.as_tensor(labels).long()
-    if len(images) == 0 or len(images) != len(labels):
+    labels = torch.as_tensor(labels)
+    if len(images) == 0 or labels.shape != (len(images),) or labels.is_floating_point():
         raise StudyError(
-            f"{len(images)} images and {len(labels)} labels; give one label for each of 1 or more images"
+            f"{len(images)} images and labels {labels.dtype} {tuple(labels.shape)}; "
+            "give one whole number for each of 1 or more images"
         )
-    return accuracy(class_scores(model, images, opt_level, batch_size=batch_size), labels)
+    return accuracy(class_scores(model, images, opt_level, batch_size=batch_size), labels.long())
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

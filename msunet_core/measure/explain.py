@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import StudyError
 from ..model.precision import apply_opt_level
-from .scoring import FULL_BITS, REFERENCE_FLOPS, REFERENCE_PARAMS, Score, score
+from .scoring import FULL_BITS, Score, score, score_of
 
 # Specification §9 in terms of whole numbers: N weights, n of them not 0, P positions of an output
 # channel, out = channels * P outputs. Each of the n is used once a position, so K(1 - s) * out is n * P.
@@ -31,7 +31,7 @@ def worked(row: pd.Series) -> pd.DataFrame:
 
     Parameters
     ----------
-    row : of ``Score.layers``, a convolution or linear layer with at least one term in each sum
+    row : of ``Score.layers``, a convolution or linear layer
 
     Returns
     -------
@@ -39,7 +39,7 @@ def worked(row: pd.Series) -> pd.DataFrame:
 
     Raises
     ------
-    StudyError : another kind of layer
+    StudyError : another kind of layer, or one with less than one term a sum, whose additions are 0
     """
     if row["kind"] not in RULES:
         raise StudyError(f"{row['kind']!r} has no weights; give a row of {', '.join(RULES)}")
@@ -48,8 +48,12 @@ def worked(row: pd.Series) -> pd.DataFrame:
     values = {"N": size, "n": nonzeros, "out": row["outputs"], "d": row["d"], "c": row["shape"][0]}
     values["P"] = row["outputs"] // row["shape"][0]
     params, mults, adds = RULES[row["kind"]]
-    has_bias = row["adds"] > nonzeros * values["P"] - row["outputs"] / 2
-    if has_bias:
+    if nonzeros < row["shape"][0]:
+        raise StudyError(
+            f"this {row['kind']} has {nonzeros} weights that are not 0 for {row['shape'][0]} output "
+            "channels, less than one term a sum; give a layer with more"
+        )
+    if row["bias"]:
         params, adds = f"{params} + c / d", f"{adds} + out"
     rules = dict(zip(COUNTS, (params, mults, adds), strict=True))
 
@@ -92,6 +96,9 @@ def savings_by_order(cost: Callable[[frozenset[str]], float], techniques: Sequen
 def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFrame:
     """What the challenge's official counter adds to the score of this network (specification §9).
 
+    And what both leave out: a batch norm's scale merges into the weights of a convolution, but not into T,
+    where a scale for each channel has to take the place of the one of the layer.
+
     Parameters
     ----------
     model : as of score; left as it is
@@ -103,34 +110,32 @@ def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFram
     subject = apply_opt_level(copy.deepcopy(model), opt_level)
     layers = score(subject, opt_level).layers.set_index("name")
     modules = dict(subject.named_modules())
+    merged = (layers["kind"] == "batch norm, merged").any()
     rows = {
         "the bias of the linear layer": [],
         "the zeros of the linear layer": [],
         "bitmasks below 40 % zeros, where they pay": [],
         "sums of SE and of the pool in 32 bits": [],
+        "a scale a channel behind ternary layers": [],
     }
-    bias, linear, dense, sums = rows.values()
+    bias, linear, dense, sums, scales = rows.values()
     for name, row in layers.iterrows():
-        if row["kind"] == "linear":
-            linear.append(_as_sparse(modules[name], row))
-            if modules[name].bias is not None:
-                bias.append((row["shape"][0] / row["d"], row["outputs"]))
-        elif row["kind"] == "dense conv":
+        if row["kind"] in ("linear", "dense conv"):
             change = _as_sparse(modules[name], row)
-            if _score_of(*change) < 0:
-                dense.append(change)
+            if score_of(*change) < 0:
+                (linear if row["kind"] == "linear" else dense).append(change)
+        if row["kind"] == "linear" and modules[name].bias is not None:
+            bias.append((row["shape"][0] / row["d"], row["outputs"]))
         elif row["kind"] in ("SE pool and gate", "average pool"):
             sums.append((0.0, row["adds"] * (row["d"] - 1)))
+        elif row["kind"] in ("ternary conv", "binary conv") and merged:
+            scales.append(((row["shape"][0] - 1) / row["d"], 0.0))
     table = pd.DataFrame(
         {name: [sum(part) for part in zip((0.0, 0.0), *found, strict=True)] for name, found in rows.items()},
         index=["params", "flops"],
     ).T
-    table["score"] = _score_of(table["params"], table["flops"])
+    table["score"] = score_of(table["params"], table["flops"])
     return table
-
-
-def _score_of(params, flops):
-    return params / REFERENCE_PARAMS + flops / REFERENCE_FLOPS
 
 
 def _as_sparse(layer: nn.Module, row: pd.Series) -> tuple[float, float]:

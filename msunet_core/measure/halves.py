@@ -58,8 +58,8 @@ def crossings(model: nn.Module) -> pd.DataFrame:
     Returns
     -------
     DataFrame, a row a weight: ``layer``, ``index`` (in the flattened tensor), ``weight`` and ``half`` (before
-    and after rounding), ``z`` and ``z_half`` ((W - mean W) / std W, in FP64), ``alpha`` (0 of a binary
-    layer), ``t`` and ``t_half``
+    and after rounding; where FP16 cannot hold W, after a rescaling too, which T does not see), ``z`` and
+    ``z_half`` ((W - mean W) / std W, in FP64), ``alpha`` (0 of a binary layer), ``t`` and ``t_half``
     """
     rows = []
     at_o3 = ternary_layers(apply_opt_level(copy.deepcopy(model), "O3"))

@@ -119,11 +119,9 @@ class PackedNetwork:
     def _scores_of_plain(self, images: np.ndarray) -> np.ndarray:
         import torch
 
-        from ..data.images import normalise
+        from .evaluation import class_scores
 
-        with torch.inference_mode():
-            batches = torch.from_numpy(images.copy()).split(250)  # as in evaluation
-            return torch.cat([self._plain(normalise(batch)) for batch in batches]).numpy()
+        return class_scores(self._plain, torch.from_numpy(images.copy())).numpy()
 
 
 def _pointer(array: np.ndarray | None):
@@ -180,7 +178,11 @@ class _Built:
         project = self.conv1x1(f"{name}.{names[0]}", block.project_groups, f"{name}.{names[1]}")
         kernels = np.repeat(block.kernels, split_channels(wide, len(block.kernels))).astype(np.int64)
         taps, shift = self.depthwise(f"{name}.conv_dw", len(block.kernels), f"{name}.{names[2]}")
-        parts = [f"{name}.se.{layer}.{part}" for layer in ("conv_reduce", "conv_expand") for part in WEIGHTS]
+        parts = [
+            f"{name}.se.{layer}.{part}"
+            for layer in ("conv_reduce", "conv_expand")
+            for part in ("weight", "bias")
+        ]
         excitation = [tensors[part] for part in parts] if reduced else (None,) * 4
         has_skip = block.has_skip(channels, outputs)
         self._check(
@@ -230,9 +232,6 @@ class _Built:
             taps.append((part * scale[first : first + len(part), None, None, None]).ravel())
             first += len(part)
         return _float(np.concatenate(taps)), _float(shift)
-
-
-WEIGHTS = ("weight", "bias")
 
 
 def _float(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -44,6 +44,11 @@ FREE = (nn.Identity, nn.Flatten, nn.Dropout, nn.Sequential, nn.ModuleList, nn.Mo
 MEASURES = ["params", "mults", "adds", "flops"]
 
 
+def score_of(params, flops):
+    """params / 36.5e6 + FLOPs / 10.49e9, of numbers or of columns."""
+    return params / REFERENCE_PARAMS + flops / REFERENCE_FLOPS
+
+
 @dataclass(frozen=True)
 class Score:
     """What one image costs, as returned by :func:`score`.
@@ -59,7 +64,7 @@ class Score:
         ``name``, ``kind``, ``shape`` (of the weight, else of the output without the batch),
         ``fan_in`` (K, terms of a sum for one output element; 0 where there is none),
         ``outputs`` (elements), ``sparsity`` (as counted), ``bits`` (of a stored or computed value),
-        ``d``, ``params``, ``mults``, ``adds``, ``flops``
+        ``d``, ``bias`` (how many biases are counted), ``params``, ``mults``, ``adds``, ``flops``
     """
 
     params: float
@@ -76,12 +81,12 @@ class Score:
     @property
     def value(self) -> float:
         """The score: params / 36.5e6 + FLOPs / 10.49e9."""
-        return self.params / REFERENCE_PARAMS + self.flops / REFERENCE_FLOPS
+        return score_of(self.params, self.flops)
 
     def by_kind(self) -> pd.DataFrame:
         """Counts summed over each kind of layer, and its part of the score; most expensive first."""
         table = self.layers.groupby("kind")[MEASURES].sum()
-        table["score"] = table["params"] / REFERENCE_PARAMS + table["flops"] / REFERENCE_FLOPS
+        table["score"] = score_of(table["params"], table["flops"])
         return table.sort_values("score", ascending=False)
 
     def __str__(self) -> str:
@@ -92,8 +97,8 @@ class Score:
             ("#FLOPs", f"{self.flops / 1e6:.3f} M"),
             (
                 "score",
-                f"{self.value:.5f} = {self.params / REFERENCE_PARAMS:.5f} (params) "
-                f"+ {self.flops / REFERENCE_FLOPS:.5f} (FLOPs)   at {self.opt_level}",
+                f"{self.value:.5f} = {score_of(self.params, 0.0):.5f} (params) "
+                f"+ {score_of(0.0, self.flops):.5f} (FLOPs)   at {self.opt_level}",
             ),
         ]
         return "\n".join(f"{label:<8} {text}" for label, text in lines)
@@ -110,6 +115,7 @@ class _Count:
     fan_in: int = 0
     sparsity: float = 0.0
     bits: int | None = None  # None: 32 / d
+    bias: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,11 @@ def _conv(conv: nn.Conv2d, call: _Call) -> _Count:
         kind, params, zeros = "dense conv", size / d, 0.0
     terms = fan_in * (1 - zeros)
     adds = _sum_adds(terms, out)
-    if conv.bias is not None:
-        params += conv.bias.numel() / d
+    bias = 0 if conv.bias is None else conv.bias.numel()
+    if bias:
+        params += bias / d
         adds += out
-    return _Count(kind, params, terms * out / d, adds, fan_in, zeros)
+    return _Count(kind, params, terms * out / d, adds, fan_in, zeros, bias=bias)
 
 
 def _ternary_conv(conv: TernaryConv2d, call: _Call) -> _Count:
@@ -205,9 +212,8 @@ class _Counter:
     def __init__(self, model: nn.Module):
         self.rows: dict[str, dict] = {}
         convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-        # At O1 their weights are FP32, and cast for each call.
-        is_cast = getattr(model, "opt_level", "O0") == "O1"
-        self.convs_are_half = is_cast or any(conv.weight.dtype == torch.float16 for conv in convs)
+        # As stored: at O1 their weights are FP32, so a scale merges into them before they are cast.
+        self.convs_are_half = any(conv.weight.dtype == torch.float16 for conv in convs)
         self.expected = []
         for name, module in model.named_modules():
             self._refuse_unknown(name, module)
@@ -218,8 +224,10 @@ class _Counter:
 
     @staticmethod
     def _refuse_unknown(name: str, module: nn.Module) -> None:
-        known = type(module) in RULES or isinstance(module, FREE)
-        if not known and ([*module.parameters(recurse=False)] or not [*module.children()]):
+        exact = type(module) in RULES
+        is_variant = not exact and isinstance(module, tuple(RULES))
+        unknown = [*module.parameters(recurse=False)] or not [*module.children()]
+        if is_variant or (not exact and not isinstance(module, FREE) and unknown):
             raise StudyError(
                 f"the score has no rule for {type(module).__name__} ({name or 'the model itself'}); "
                 "add one to RULES in scoring.py, or to FREE if it computes nothing"
@@ -258,6 +266,7 @@ class _Counter:
             "sparsity": count.sparsity,
             "bits": count.bits or FULL_BITS // d,
             "d": d,
+            "bias": count.bias,
             "params": count.params,
             "mults": count.mults,
             "adds": count.adds,
@@ -274,7 +283,7 @@ class _Counter:
         return pd.DataFrame(list(self.rows.values()), columns=_COLUMNS)
 
 
-_COLUMNS = ["name", "kind", "shape", "fan_in", "outputs", "sparsity", "bits", "d", *MEASURES]
+_COLUMNS = ["name", "kind", "shape", "fan_in", "outputs", "sparsity", "bits", "d", "bias", *MEASURES]
 
 
 def _divisor(*tensors: Tensor) -> int:
@@ -286,7 +295,9 @@ def _divisor(*tensors: Tensor) -> int:
 def score(model: nn.Module, opt_level: str = "O0", input_size: tuple[int, int, int] = (3, 32, 32)) -> Score:
     """Count what storing ``model`` and running one image through it costs (specification §9).
 
-    The counting runs on a deep copy in eval mode: the model, its mode and its hooks stay as they are.
+    The counting runs on a deep copy in eval mode: the model, its mode and its hooks stay as they are. Counted
+    is what modules compute; arithmetic in the forward of a module that holds others is not seen, but for the
+    addition of one with ``has_skip``.
 
     Parameters
     ----------
@@ -301,9 +312,13 @@ def score(model: nn.Module, opt_level: str = "O0", input_size: tuple[int, int, i
     Raises
     ------
     StudyError : unknown opt level, a model at another opt level, an image that does not fit the model,
-        a kind of module without a rule, or a module with parameters that is never called
+        a value beyond FP16, a kind of module without a rule, or a module with parameters that is never called
     """
-    if len(input_size) != 3 or not all(isinstance(n, int) and n >= 1 for n in input_size):
+    if (
+        not isinstance(input_size, Sequence)
+        or len(input_size) != 3
+        or not all(isinstance(n, int) and n >= 1 for n in input_size)
+    ):
         raise StudyError(f"input_size {input_size!r} is not three whole numbers (channels, height, width)")
     subject = apply_opt_level(copy.deepcopy(model), opt_level).eval()
     counter = _Counter(subject)

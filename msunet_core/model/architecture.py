@@ -75,19 +75,24 @@ def scaled(channels: int, width: float) -> int:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < math.inf
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse what is no threshold in standard deviations."""
+    if not (_is_number(alpha) and alpha >= 0):
+        raise StudyError(f"alpha {alpha!r} is not a number >= 0; give the published 0.67749")
 
 
 def check(variant: str, weights: str, alpha: float, num_classes: int, width: float) -> None:
     """Refuse what is no network, as :func:`~msunet_core.model.network.build_msunet` tells of it."""
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise StudyError(f"variant {variant!r} is unknown; {closest(variant, VARIANTS)}")
     if weights not in WEIGHTS:
         raise StudyError(f"weights {weights!r} is unknown; {closest(weights, WEIGHTS)}")
     if not (_is_number(width) and 0 < width <= MAX_WIDTH):
         raise StudyError(f"width {width!r} is outside (0, {MAX_WIDTH}]; 1.0 is the published network")
-    if not (_is_number(alpha) and alpha >= 0):
-        raise StudyError(f"alpha {alpha!r} is not a number >= 0; give the published 0.67749")
+    check_alpha(alpha)
     if not (isinstance(num_classes, int) and num_classes >= 1):
         raise StudyError(f"num_classes {num_classes!r} is not a whole number >= 1; CIFAR-100 has 100")
 

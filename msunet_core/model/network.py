@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import StudyError
 from .architecture import HEAD_CHANNELS, STEM_CHANNELS, VARIANTS, Block, check, scaled, split_channels
 from .ternary import ALPHA, TernaryConv2d, ternary_layers
 
@@ -120,9 +121,17 @@ class MSUNet(nn.Module):
 
     @property
     def config(self) -> dict:
-        """Arguments of :func:`build_msunet` that make this network, with the alpha its layers have now."""
+        """Arguments of :func:`build_msunet` that make this network, with the alpha its layers have now.
+
+        StudyError where their alphas differ: there is one in a checkpoint.
+        """
         alphas = {layer.alpha for layer in ternary_layers(self).values()}
-        return {**self.built_with, **({"alpha": alphas.pop()} if len(alphas) == 1 else {})}
+        if len(alphas) > 1:
+            raise StudyError(
+                f"the ternary layers have {len(alphas)} thresholds, from {min(alphas):g} to {max(alphas):g}, "
+                "and a checkpoint holds one; set_alpha gives all of them the same"
+            )
+        return {**self.built_with, **({"alpha": alphas.pop()} if alphas else {})}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv_stem(x)))
@@ -138,7 +147,7 @@ def build_msunet(
     alpha: float = ALPHA,
     num_classes: int = 100,
     width: float = 1.0,
-) -> nn.Module:
+) -> MSUNet:
     """Build an MSUNet with fresh weights from torch's global random state (specification §2).
 
     Parameters
@@ -151,7 +160,7 @@ def build_msunet(
 
     Returns
     -------
-    nn.Module in channels_last memory; its ``config`` attribute holds these arguments, so that a
+    MSUNet in channels_last memory; its ``config`` attribute holds these arguments, so that a
     checkpoint can name the network it belongs to.
 
     Raises

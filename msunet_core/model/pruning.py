@@ -39,12 +39,21 @@ def cubic_sparsity(epoch: int, target: float, ramp_epochs: int = RAMP_EPOCHS) ->
 def smallest_mask(weight: Tensor, sparsity: float) -> Tensor:
     """Boolean mask of ``weight``'s shape, False at its int(sparsity * numel) smallest magnitudes.
 
-    Exactly so many: of equal magnitudes the earlier ones go first.
+    Exactly so many: of equal magnitudes the earlier ones go first. StudyError: a sparsity outside 0..1.
     """
+    if not 0 <= sparsity <= 1:
+        raise StudyError(f"sparsity {sparsity!r} is not a share of zeros; give a number from 0 to 1")
     mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
     order = weight.detach().abs().flatten().argsort(stable=True)
     mask[order[: int(sparsity * weight.numel())]] = False
     return mask.view(weight.shape)
+
+
+def targets_of(pruner: str, se_sparsity: float = SE_SPARSITY) -> dict[str, float]:
+    """The share of zeros that each group of a pruner ends with; StudyError: an unknown one."""
+    if pruner not in PRUNERS:
+        raise StudyError(f"pruner {pruner!r} is unknown; {closest(pruner, PRUNERS)}")
+    return {group: se_sparsity if group == "se" else GROUPS[group][1] for group in PRUNERS[pruner]}
 
 
 class Pruner:
@@ -52,12 +61,14 @@ class Pruner:
 
     Parameters
     ----------
-    weights : FP32 (master) weights by state-dict name
+    weights : FP32 (master) weights by state-dict name, at least one of each group that is pruned
     pruner : "none", "V1" (se), "V2" (se + dw) or "V3" (se + dw + classifier)
     ramp_epochs : epochs until the target sparsity is reached
     se_sparsity : target of the group "se"
 
-    Attributes: ``targets``, the share of zeros at the end of the ramp by group.
+    Raises
+    ------
+    StudyError : an unknown pruner, or a group of which ``weights`` has none
     """
 
     def __init__(
@@ -67,18 +78,19 @@ class Pruner:
         ramp_epochs: int = RAMP_EPOCHS,
         se_sparsity: float = SE_SPARSITY,
     ):
-        if pruner not in PRUNERS:
-            raise StudyError(f"pruner {pruner!r} is unknown; {closest(pruner, PRUNERS)}")
         self.ramp_epochs = ramp_epochs
         self.weights: dict[str, Tensor] = {}
         self.group: dict[str, str] = {}
-        self.targets = {group: GROUPS[group][1] for group in PRUNERS[pruner]}
-        if "se" in self.targets:
-            self.targets["se"] = se_sparsity
+        self.targets = targets_of(pruner, se_sparsity)
         for group in self.targets:
             for name, weight in weights.items():
                 if re.fullmatch(GROUPS[group][0], name):
                     self.weights[name], self.group[name] = weight, group
+            if group not in self.group.values():
+                raise StudyError(
+                    f"no weight is called like those of group {group!r}, {GROUPS[group][0]}; "
+                    "give those of a network of build_msunet, by their names there"
+                )
         self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
 
     def update(self, epoch: int) -> None:
@@ -105,7 +117,7 @@ class Pruner:
 
 @torch.no_grad()
 def prune_to_target(model: nn.Module, pruner: str = "V2") -> None:
-    """Prune a model at once to the published sparsities."""
+    """Prune an MSUNet at once, in place, to the published sparsities."""
     one_shot = Pruner(dict(model.named_parameters()), pruner, ramp_epochs=0)
     one_shot.update(0)
     one_shot.apply()

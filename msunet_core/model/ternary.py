@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import StudyError
-from .architecture import WEIGHTS
+from ..errors import StudyError, closest
+from .architecture import WEIGHTS, check_alpha
 
 # The published threshold in standard deviations. Phi^-1(0.75) = 0.67449 would make half of a
 # normal tensor zero; the schedule climbs to that, the constant afterwards is the published 0.67749.
@@ -42,7 +42,10 @@ def ternarize(weight: Tensor, alpha: float = ALPHA) -> Tensor:
 
 
 def binarize(weight: Tensor) -> Tensor:
-    """T = +1 where W >= mean W, else -1: ternary with alpha = 0 and no zero left."""
+    """T = +1 where W >= mean W, else -1: ternary with alpha = 0 and no zero left.
+
+    weight : floating point, any shape; returns float32 of the same shape (float64 for a float64 weight)
+    """
     deviation, _, _ = _deviation(weight)
     return torch.where(deviation >= 0, 1.0, -1.0).to(deviation.dtype)
 
@@ -154,13 +157,16 @@ def layer_statistics(model: nn.Module, masters: Mapping[str, Tensor] | None = No
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
-    """Set the threshold of every ternary layer (binary ones ignore it)."""
+    """Set the threshold of every ternary layer (binary ones ignore it); StudyError: it is no number >= 0."""
+    check_alpha(alpha)
     for layer in ternary_layers(model).values():
         layer.alpha = alpha
 
 
 def set_gradient(model: nn.Module, gradient: str) -> None:
-    """Choose which gradient the float weights of all ternary layers get, one of GRADIENTS."""
+    """Choose which gradient the float weights of all ternary layers get; StudyError: none of GRADIENTS."""
+    if gradient not in GRADIENTS:
+        raise StudyError(f"gradient {gradient!r} is unknown; {closest(gradient, GRADIENTS)}")
     for layer in ternary_layers(model).values():
         layer.gradient = gradient
 

@@ -25,6 +25,7 @@ from ..measure.scoring import (
     REFERENCE_PARAMS,
     Score,
     score,
+    score_of,
     ternary_sparsity_at,
 )
 from ..measure.unpack import SHIPPED, load_network
@@ -248,7 +249,7 @@ def _flops(fresh: list[Score], shipped: Shipped | None) -> Claim:
 
 
 def _score(shipped: Shipped | None) -> Claim:
-    added = PUBLISHED_V3["params"] / REFERENCE_PARAMS + PUBLISHED_V3["flops"] / REFERENCE_FLOPS
+    added = score_of(PUBLISHED_V3["params"], PUBLISHED_V3["flops"])
     reason = f"The two published counts do add up to {added:.5f}"
     if shipped is None:
         return Claim(

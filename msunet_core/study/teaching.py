@@ -225,11 +225,6 @@ def _prune_group(model: nn.Module, group: str, share: float) -> None:
             weight.mul_(smallest_mask(weight, share))
 
 
-def targets_of(config: StageConfig) -> dict[str, float]:
-    """The share of zeros that each group of a pruning stage ends with."""
-    return Pruner({}, config.pruner, config.ramp_epochs, config.se_sparsity).targets
-
-
 def epoch_of_targets(history: pd.DataFrame, targets: dict[str, float]) -> int | None:
     """The first epoch of a pruning's history with every group at its target; None where it ended before."""
     there = [history[f"target_{group}"] >= target for group, target in targets.items()]
