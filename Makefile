@@ -43,7 +43,9 @@ export PYTHONPATH := $(CURDIR)$(if $(value PYTHONPATH),:$(value PYTHONPATH))
 
 ##@ environment: PYTHON=..., else the active one, else .venv made from the first Python that will do
 
-OWN := $(if $(value PYTHON)$(value VIRTUAL_ENV)$(value CONDA_PREFIX),,yes)
+# .venv stays ours, and follows requirements.txt, where somebody activated it.
+OTHER_ENV := $(filter-out $(CURDIR)/.venv,$(value VIRTUAL_ENV))
+OWN := $(if $(value PYTHON)$(OTHER_ENV)$(if $(value VIRTUAL_ENV),,$(value CONDA_PREFIX)),,yes)
 export STUDY_PYTHON := $(if $(OWN),.venv/bin/python,$(if \
   $(value PYTHON),$(value PYTHON),$(if $(value VIRTUAL_ENV),$(value VIRTUAL_ENV),$(value CONDA_PREFIX))/bin/python))
 PY := "$$STUDY_PYTHON"
@@ -51,11 +53,21 @@ ENVIRONMENT := .known $(if $(OWN),.venv/.complete,.given)
 
 .PHONY: .known .given .python
 UNKNOWN := $(filter-out $(STUDY_KNOWN),$(STUDY_GIVEN))
+# What targets take that do not go through study/make.py, which looks after its own.
+PLAIN := help lint test test-fast faults notebooks lab bench fuzz clean
+TAKES_lab := PORT HOST
+TAKES_bench := BENCH
+TAKES_fuzz := SECONDS
+TAKES_clean := PROFILE RUN
+IGNORED := $(if $(filter-out $(PLAIN),$(MAKECMDGOALS)),,$(filter-out \
+  $(OTHERS) $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))),$(STUDY_GIVEN)))
 .known:
 ifneq ($(UNKNOWN),)
 	@python3 -c 'import os, runpy; known = os.environ["STUDY_KNOWN"].split(); \
 	  name = [name for name in os.environ["STUDY_GIVEN"].split() if name not in known][0]; \
 	  print(f"no variable {name!r};", runpy.run_path("msunet_core/errors.py")["closest"](name, known))' >&2; exit 1
+else ifneq ($(IGNORED),)
+	@echo 'make $(or $(MAKECMDGOALS),help) takes no $(firstword $(IGNORED)); leave it out' >&2; exit 1
 endif
 .given:
 	@$(PY) -c 'import importlib.util as u, sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 15) \
@@ -67,22 +79,24 @@ endif
 # Shims exist that are found but do not run (pyenv), and Pythons that cannot make environments (Debian).
 SUITABLE = -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1
 
-# .making says that what stands there is unfinished, so a killed `make` starts it anew; an environment
-# made by hand is completed and never removed.
+# .making says that what stands there is unfinished, so a killed `make` starts it anew; an environment that is
+# whole, or was made by hand, is completed and never removed. The lock is for a second make at the same time.
 .venv/.complete: requirements.txt pyproject.toml
 	@set -e; \
-	if [ -e .venv/.making ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python $(SUITABLE); then \
+	exec 9<Makefile; flock -n 9 || { echo 'another make is making .venv; wait for it to end' >&2; exit 1; }; \
+	if [ -e .venv/.making ] || [ ! -e .venv ]; then \
 	  for python in python3.11 python3.13 python3.14 python3.12 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
 	  if [ $$python = none ]; then \
 	    echo 'no Python 3.11 to 3.14 with venv found; install one (Debian: python3-venv) or give PYTHON=...' >&2; exit 1; \
 	  fi; \
 	  echo "making .venv from $$($$python --version)" >&2; \
 	  rm -rf .venv; mkdir .venv; touch .venv/.making; $$python -m venv .venv; \
+	elif ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python $(SUITABLE); then \
+	  echo '.venv has no pip, or no Python 3.11 to 3.14: remove it, or give PYTHON=...' >&2; exit 1; \
 	fi; \
-	touch .venv/.making; rm -f $@; \
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .; \
-	mv .venv/.making $@
+	rm -f .venv/.making; touch $@
 
 ##! targets
 
@@ -92,7 +106,7 @@ train: $(ENVIRONMENT) ## only notebook 02: ternary training
 prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precision
 ablations: $(ENVIRONMENT) ## every row of the grid, into runs/ablations [JOBS= or SCHEDULER=]
 reproduce train prune:
-	+@$(STUDY)
+	+@if [ -x $(PY) ] || command -v $(PY) >/dev/null; then $(STUDY); else echo 'all of it, and .venv before'; fi
 report: $(ENVIRONMENT) ## build the site of RUN again from what is there, running nothing
 score: $(ENVIRONMENT) ## score the shipped network or CHECKPOINT=... [VARIANT= OPT_LEVEL=]
 validate: $(ENVIRONMENT) ## test the shipped network or CHECKPOINT= on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
@@ -123,7 +137,10 @@ clean: .known ## remove the folder of RUN and the tools' caches; data/ and .venv
 	case $$run in ablations|pretrained|recipes|record) run= ;; esac; \
 	if ! [[ $$run =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$$ ]]; then \
 	  echo "RUN=$${STUDY_RUN:-$$profile} is no folder of a run; give RUN=another" >&2; exit 1; fi; \
-	rm -rf -- "$${MSUNET_RUNS:-runs}/$$run" .pytest_cache .ruff_cache build *.egg-info
+	folder=$${MSUNET_RUNS:-runs}/$$run; \
+	if [ -e "$$folder/.lock" ] && ! flock -n "$$folder/.lock" true; then \
+	  echo "$$folder is in use; wait for it to end" >&2; exit 1; fi; \
+	rm -rf -- "$$folder" .pytest_cache .ruff_cache build *.egg-info
 	@find msunet_core tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 help: .known ## this list
 	@sed -nE -e 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' -e 's/^([A-Z_]+) := # (.*)/  \1=\t\2/p' \

@@ -138,10 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stopped:
         if rank() == 0:
-            print(
-                f"stopped: {str(stopped) or 'by Ctrl-C'}; the same command goes on from there",
-                file=sys.stderr,
-            )
+            goes_on = arguments.run in (run_train, run_prune, run_grid)
+            again = "; the same command goes on from there" if goes_on else ""
+            print(f"stopped: {str(stopped) or 'by Ctrl-C'}{again}", file=sys.stderr)
         return 130
     return 0
 
@@ -213,6 +212,8 @@ def run_grid(arguments: argparse.Namespace) -> None:
 
 
 def run_validate(arguments: argparse.Namespace) -> None:
+    if arguments.out:
+        _check_can_hold(arguments.out)
     path = _file(arguments.checkpoint) if arguments.checkpoint else shipped()
     model, _ = load_network(path, arguments.variant)
     data = _test_data(arguments, model)
@@ -249,6 +250,7 @@ def run_score(arguments: argparse.Namespace) -> None:
 
 
 def run_pack(arguments: argparse.Namespace) -> None:
+    _check_can_hold(arguments.out)
     path = _file(arguments.checkpoint)
     model, info = load_network(path, arguments.variant)
     kept = {"merge": not arguments.no_merge, "provenance": provenance_of(path, info)}
@@ -271,6 +273,11 @@ def run_pack(arguments: argparse.Namespace) -> None:
 
 def _file(path: Path) -> Path:
     return path / CHECKPOINT if os.path.isdir(path) else path
+
+
+def _check_can_hold(out: Path) -> None:
+    if not out.parent.is_dir():  # before minutes of measuring
+        raise StudyError(f"cannot write {out}: {out.parent} is no folder; make it, or choose another")
 
 
 def _test_data(arguments: argparse.Namespace, model):

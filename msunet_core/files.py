@@ -261,7 +261,7 @@ def _take(descriptor: int, folder: Path, command: str) -> None:
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     except BlockingIOError:
         raise StudyError(
-            f"{folder} is in use by {_holder(descriptor)}; wait for it to end or choose another RUN"
+            f"{folder} is in use by {_holder(descriptor)}; wait for it to end or choose another folder"
         ) from None
     except OSError as error:
         raise write_fault(folder, error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from msunet_core.model.checkpoint import digest_of
+
+
+def can_compile() -> bool:
+    """Whether kernels are to be had here: a C++ compiler and an x86-64 with AVX2."""
+    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return compiler and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @torch.no_grad()

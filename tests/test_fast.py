@@ -474,14 +474,57 @@ def test_a_block_that_does_not_fit_together_is_left_to_pytorch_which_refuses_it(
 @needs_kernels
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "watched", ["conv_pw", "bn1", "act1", "conv_dw.1", "bn2", "act2", "se.gate", "conv_pwl", "bn3"]
+    "watched", ["conv_pw", "bn1", "act1", "conv_dw.1", "bn2", "act2", "se", "se.gate", "conv_pwl", "bn3"]
 )
 def test_a_hook_sees_its_module_called_in_a_block(watched, training, monkeypatch):
-    block, seen = BLOCKS["skip"]().train(training), []
-    block.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
     serves = serves_in_training if training else serves_in_eval
-    assert not serves(block, pixels(2, 8, 6, 6), monkeypatch)[1]
-    assert seen
+    for block in (BLOCKS["skip"](), new_block(8, 8, 2, (3, 5))):  # the second has an nn.Identity for se
+        seen = []
+        if watched != "se.gate" or not isinstance(block.se, nn.Identity):
+            block.train(training).get_submodule(watched).register_forward_hook(lambda *_, s=seen: s.append(1))
+            assert not serves(block, pixels(2, 8, 6, 6), monkeypatch)[1]
+            assert seen
+
+
+@needs_kernels
+@pytest.mark.parametrize("changed", ["act", "gate"])
+def test_another_squeeze_excitation_is_computed_as_it_is(changed, monkeypatch):
+    block = BLOCKS["skip"]()
+    setattr(block.se, changed, nn.ReLU())
+    x, plain = pixels(2, 8, 6, 6), copy.deepcopy(block).eval()
+    ours, is_served = serves_in_eval(block.eval(), x, monkeypatch)
+    with torch.no_grad():
+        assert not is_served and deviation(ours, plain(x)) < FP32
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")  # the tracer warns of every number it takes for a constant
+def test_an_accelerated_network_can_be_traced():
+    """The kernels read memory, of which there is none while a graph is made."""
+    network = accelerate(build_msunet(width=0.125)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, x)
+        assert deviation(traced(x + 1), network(x + 1)) < 10 * FP32
+
+
+def test_parameters_elsewhere_are_refused_as_pytorch_does():
+    with pytest.raises(RuntimeError, match="meta"):
+        norm_act(nn.BatchNorm2d(8, device="meta"), None, pixels(2, 8, 6, 6))
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_the_kernels_of_processors_without_avx512_agree_too():
+    """Compiled as for one of those, in a process of its own."""
+    code = (
+        "import sys, pytest; from msunet_core import compiler;"
+        "compiler.FLAGS = (*compiler.FLAGS, '-mno-avx512f');"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-m', 'not slow',"
+        " 'tests/test_fast.py', 'tests/test_packed_network.py']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @needs_kernels

@@ -11,11 +11,11 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import can_compile
 from torch import Tensor
 
 from msunet_core import ImageData, StageConfig, build_msunet, train
@@ -288,8 +288,7 @@ def test_without_rounding_they_agree_to_ten_digits(case, monkeypatch):
 
 def test_kernels_compute_what_was_compared_as_kernels(monkeypatch):
     """Were both paths one, comparing both would say nothing: their sums differ in the last bits."""
-    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    if not compiler or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    if not can_compile():
         pytest.skip("no C++ compiler or no x86-64 with AVX2")
     of_case = problem("v3", "ternary", ALPHA)
     monkeypatch.delenv("MSUNET_FAST", raising=False)

@@ -237,6 +237,8 @@ def test_an_image_more_in_a_class_folder_reruns_all_whatever_the_class_is_called
         folder, "a$(touch pwned)b/1.png", "x`touch pwned`/1.png", ">x/1.png", "cat;touch pwned;#/1.png"
     )
     assert checkout.make(DATA="./images") == ALL
+    (folder / "train" / ">x" / "Thumbs.db").touch()  # what systems and editors leave is not read
+    (folder / "train" / ">x" / ".#1.png").symlink_to("gone")
     assert checkout.make(DATA="./images") == []
     write_pngs(folder, ">x/2.png")
     assert checkout.make(DATA="./images") == ALL
@@ -278,6 +280,9 @@ def test_runs_go_where_the_environment_says(checkout, tmp_path, monkeypatch):
         ({"VARIANT": "v9"}, "'v9'"),
         ({"SET": "train.epoch=3"}, "did you mean 'epochs'"),
         ({"SET": "train.epochs"}, "train.epochs=3"),
+        ({"SET": "name=mine"}, "a profile has the name of its file"),
+        ({"SET": "network.width=0"}, "width 0.0 is outside"),
+        ({"LIMIT": "0"}, "data.limit 0 keeps no image"),
         ({"SEED": "one"}, "SEED='one' is not a whole number"),
         ({"DEVICE": "nothing"}, "device 'nothing'"),
         ({"DATA": "./gone.npz"}, "no such file"),
@@ -492,11 +497,12 @@ def test_a_run_is_shipped_whole_into_the_folder_that_is_named_or_not_at_all(chec
             {"RUN": "cpu2h"},
             "RUN=cpu2h is nothing that make score takes; give CHECKPOINT=runs/cpu2h/",
         ),
+        ("train", {"PORT": "8899"}, "PORT=8899 is nothing that make train takes; leave it out"),
         ("reproduce", {"JOBS": "4"}, "JOBS=4 is nothing that make reproduce takes; leave it out"),
         (
             "ablations",
             {"SEED": "1"},
-            "SEED=1 is nothing that make ablations takes; edit study/ablations.yaml",
+            "SEED=1 is nothing that make ablations takes; edit msunet_core/study/ablations.yaml",
         ),
         ("ablations", {"RUN": "a"}, "RUN=a is nothing that make ablations takes; give a folder, OUT="),
         ("train prune", {"OPT_LEVEL": "O3"}, "OPT_LEVEL=O3 is nothing that make train and prune takes"),

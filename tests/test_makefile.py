@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from faults import HOSTILE
 from nbformat.v4 import new_code_cell, new_notebook
 
+from msunet_core.files import lock_folder
 from msunet_core.study.make import NOTEBOOKS
 from msunet_core.study.run import COMMITTED
 
@@ -195,6 +197,28 @@ def test_clean_removes_the_run_and_only_the_run(checkout):
     assert not (checkout.folder / "tests/__pycache__").exists()
 
 
+def test_clean_leaves_a_run_that_is_being_written(checkout):
+    checkout.write("tests/a", "")
+    with lock_folder(checkout.folder / "runs" / "smoke", "make train"):
+        refused = checkout.call("clean")
+        assert refused.returncode != 0 and "runs/smoke is in use; wait for it" in refused.stderr
+        assert (checkout.folder / "runs" / "smoke").exists()
+    assert checkout.call("clean").returncode == 0
+    assert not (checkout.folder / "runs" / "smoke").exists()
+
+
+@pytest.mark.parametrize(
+    ("goals", "given"),
+    [("lab", "PROFILE=quick"), ("bench", "DEVICE=cuda"), ("lint clean", "DATA=x"), ("test", "SEED=1")],
+)
+def test_a_variable_that_a_target_would_ignore_is_refused(checkout, goals, given):
+    refused = checkout.call(*goals.split(), given)
+    name = given.partition("=")[0]
+    assert refused.returncode != 0
+    assert refused.stderr.startswith(f"make {goals} takes no {name}; leave it out")
+    assert checkout.ran() == []
+
+
 @pytest.mark.parametrize("folder", COMMITTED)
 def test_a_folder_of_committed_results_is_not_cleaned(checkout, folder):
     checkout.write(f"runs/{folder}/kept", "")
@@ -266,6 +290,42 @@ def test_an_environment_made_by_hand_is_completed_and_not_removed(bare):
     bare.write(".venv/mine", "")
     assert bare.make(".python", PYTHON="", PATH=bare.path) == ["pip", "pip"]
     assert (bare.folder / ".venv/mine").exists()
+    bare.age()
+    bare.touch("requirements.txt")
+    bare.write("cut", "")  # without a network, say
+    assert bare.call(".python", PYTHON="", PATH=bare.path).returncode != 0
+    (bare.folder / "cut").unlink()
+    assert bare.make(".python", PYTHON="", PATH=bare.path) == ["pip", "pip", "pip"]
+    assert (bare.folder / ".venv/mine").exists()
+
+
+def test_an_environment_without_pip_is_refused_and_not_removed(bare):
+    bare.write(".venv/bin/python", "#!/bin/sh\nexit 1\n").chmod(0o755)
+    refused = bare.call(".python", PYTHON="", PATH=bare.path)
+    assert refused.returncode != 0 and refused.stderr.startswith(".venv has no pip")
+    assert (bare.folder / ".venv/bin/python").exists() and bare.ran() == []
+
+
+def test_a_second_make_does_not_touch_an_environment_that_is_being_made(bare):
+    with open(bare.folder / "Makefile") as makefile:
+        fcntl.flock(makefile, fcntl.LOCK_EX)
+        refused = bare.call(".python", PYTHON="", PATH=bare.path)
+    assert refused.returncode != 0 and refused.stderr.startswith("another make is making .venv; wait")
+    assert bare.ran() == [] and not (bare.folder / ".venv").exists()
+
+
+def test_the_own_environment_follows_the_requirements_when_it_is_active_too(bare):
+    assert bare.make(".python", PYTHON="", PATH=bare.path) == ["venv", "pip", "pip"]
+    bare.age()
+    bare.touch("requirements.txt")
+    active = dict(PYTHON="", PATH=bare.path, VIRTUAL_ENV=str(bare.folder / ".venv"))
+    assert bare.make(".python", **active) == ["pip", "pip"]
+
+
+def test_a_dry_run_in_a_fresh_checkout_makes_nothing(bare):
+    told = bare.call("-n", "reproduce", PYTHON="", PATH=bare.path)
+    assert told.returncode == 0 and told.stdout.splitlines()[-1] == "all of it, and .venv before"
+    assert bare.ran() == [] and not (bare.folder / ".venv").exists()
 
 
 def test_no_suitable_python_is_one_clear_line(bare):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import lived_in
+from helpers import can_compile, lived_in
 from torch import nn
 
 from msunet_core import PackedNetwork, StudyError, build_msunet, evaluate, unpack
@@ -31,6 +31,13 @@ needs_kernels = pytest.mark.skipif(
 )
 # Of the largest score: FP32 sums of up to a thousand terms in another order, some 40 layers in a row.
 FP32 = 2e-5
+
+
+def test_the_kernels_are_there_where_they_can_be():
+    """Else all tests of them would be skipped, and none fail."""
+    if not can_compile() or os.environ.get("MSUNET_FAST") == "0":
+        pytest.skip("no C++ compiler or no x86-64 with AVX2")
+    assert packed_network.library() is not None
 
 
 def some_images(count: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(notebook, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_reaches_the_cell_and_leaves_no_target(notebook, output, tmp_path, number):
     """The training loop writes its checkpoint on Ctrl-C, so the kernel must get the time for it."""
     running, saved = tmp_path / "running", tmp_path / "saved"

@@ -236,7 +236,7 @@ def _load_folder(path: Path) -> dict[str, np.ndarray]:
     for split, names in classes.items():
         images, labels = [], []
         for label, name in enumerate(names):
-            files = [f for f in _visible(path / split / name) if f.suffix.lower() == ".png"]
+            files = [file for file in _visible(path / split / name) if is_image(file.name)]
             if not files:
                 raise StudyError(f"{path / split / name} has no .png in it; add images or remove the folder")
             images += [_read_png(file) for file in files]
@@ -244,6 +244,11 @@ def _load_folder(path: Path) -> dict[str, np.ndarray]:
         arrays[f"{split}_images"] = np.stack(images)
         arrays[f"{split}_labels"] = np.array(labels)
     return _checked(arrays, str(path))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of a class folder is read, by its name."""
+    return name.lower().endswith(".png") and not name.startswith(".")
 
 
 def _class_folders(path: Path, split: str) -> list[str]:
@@ -382,12 +387,11 @@ def _load_cifar100(cache: Path) -> dict[str, np.ndarray]:
         try:
             return _whole_cifar100(cached)
         except StudyError as error:
-            print(f"{error}: making it anew", file=sys.stderr)
+            print(f"{error}; making it anew", file=sys.stderr)
     with taking_turns(cache):  # torchrun starts several processes that all come here at once
         with contextlib.suppress(StudyError):  # not there, or still the one of no use
             return _whole_cifar100(cached)
         arrays = _download_cifar100(cache)
-        _check_is_whole(arrays, cache)
         _write_npz(arrays, cached)
         return arrays
 
@@ -402,7 +406,7 @@ def _check_is_whole(arrays: dict[str, np.ndarray], path: Path) -> None:
     for split, per_class in zip(("train", "test"), CIFAR100_PER_CLASS, strict=True):
         counts = np.bincount(arrays[f"{split}_labels"])
         if len(counts) != 100 or (counts != per_class).any():
-            raise StudyError(f"{path} is not the whole CIFAR-100: {counts.sum()} {split} images; remove it")
+            raise StudyError(f"{path} is not the whole CIFAR-100: {counts.sum()} {split} images")
 
 
 def _download_cifar100(cache: Path) -> dict[str, np.ndarray]:

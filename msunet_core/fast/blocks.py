@@ -38,6 +38,7 @@ from .layers import (
     excitation_of,
     excite_back,
     in_pixels,
+    is_excitation,
     is_half,
     is_ternary,
     kernel_of,
@@ -124,8 +125,6 @@ class _Block:
     def __post_init__(self):
         self.convs = list(self.conv.children()) or [self.conv]
         self.stride = self.convs[0].stride[0]
-        if isinstance(self.se, nn.Identity):
-            self.se = None
 
     def modules(self) -> Iterator[nn.Module]:
         for part in (getattr(self, field.name) for field in fields(self)):
@@ -156,6 +155,7 @@ def serves_block(block: _Block, x: Tensor) -> bool:
         # In training gradients go through them the other way round.
         and (not training or all(channels // len(parts_of(c)) % OUTPUTS == 0 for c, channels in conv1x1s))
         and are_depthwise(block.convs, x.dtype, block.norm2.num_features)
+        and is_excitation(block.se)
         and serves(x, *block.modules())
     )
 

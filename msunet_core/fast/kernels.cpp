@@ -752,7 +752,7 @@ void conv_forward(const T* x, T* y, Shape s, const Ternary* expand, Affine norm,
     Planes planes(expand ? std::max(in, s.channels) : 0);
     const Rows rows = ring(memory, s.height, s.width, s.channels, kept_rows(convs.pad, s.width));
     Buffer tile(TILE * rows.stride);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long n = 0; n < s.count; n++) {
       Source<T, Act, true> source{expand, norm, s.channels, rows, planes};
       for (long oy = 0; oy < s.out_height; oy++) {
@@ -1042,7 +1042,7 @@ void project(const T* y, T* z, long count, long pixels, const Ternary& project, 
     Planes planes(std::max(channels, out));
     const long stride = apart(channels);
     Buffer a((se ? pixels : BLOCK) * stride), tile(BLOCK * padded(out)), pool(padded(channels)), gates(pool);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long n = 0; n < count; n++) {
       const auto activate = [&](long first, long some) {
         apply<T, Act>(y + (n * pixels + first) * channels, channels, (const float*)nullptr,
@@ -1123,7 +1123,7 @@ void residual(const T* x, T* y, Shape s, const Ternary* expand, Affine norm1, co
     Buffer tile(TILE * rows.stride), out_tile(BLOCK * padded(out));
     // Activations that wait for the gate or, without one, for a whole block of pixels.
     Buffer waiting((se ? s.out_pixels() : s.out_width + BLOCK) * rows.stride);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long n = 0; n < s.count; n++) {
       const T* image = x + n * s.pixels() * in;
       std::fill(pool.begin(), pool.end(), 0.0f);

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..model.network import MixedConv2d
+from ..model.network import MixedConv2d, SqueezeExcite
 from ..model.ternary import TernaryConv2d, ternary_scale
 from .library import call, enabled
 
@@ -46,14 +46,24 @@ def one_thread() -> Iterator[None]:
 def serves(x: Tensor, *modules: nn.Module | None) -> bool:
     """Whether the kernels may stand in for calling ``modules`` one after the other on ``x``."""
     return (
-        x.device.type == "cpu"
+        # They read memory: nothing is there while a network is traced or exported.
+        type(x) is Tensor
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float16)
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and enabled()
-        and not any(_is_watched(module) for module in modules)
+        and not any(_is_watched(module) or _is_elsewhere(module) for module in modules)
     )
+
+
+def _is_elsewhere(module: nn.Module | None) -> bool:
+    """Whether a module has a parameter or statistic that is not in this computer's memory."""
+    tensors = () if module is None else (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors)
 
 
 def _is_watched(module: nn.Module | None) -> bool:
@@ -361,9 +371,16 @@ def is_ternary(conv1x1: nn.Module, channels: int, dtype: torch.dtype) -> bool:
     )
 
 
+def is_excitation(se: nn.Module | None) -> bool:
+    """Whether the kernels know a squeeze-excitation, or its absence."""
+    if type(se) is not SqueezeExcite:
+        return se is None or type(se) is nn.Identity
+    return (type(se.act), type(se.gate)) == (nn.SiLU, nn.Sigmoid)
+
+
 def excitation_of(se: nn.Module | None) -> tuple[Tensor, ...]:
-    """Weights and biases of squeeze-excitation."""
-    layers = () if se is None else (se.conv_reduce, se.conv_expand)
+    """Weights and biases of squeeze-excitation, none of its absence."""
+    layers = (se.conv_reduce, se.conv_expand) if type(se) is SqueezeExcite else ()
     return tuple(parameter for layer in layers for parameter in (layer.weight, layer.bias))
 
 

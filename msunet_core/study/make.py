@@ -26,7 +26,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..data.sources import SOURCES, load_data
+from ..data.sources import SOURCES, is_image, load_data
 from ..errors import StudyError, one_line, reason
 from ..files import ROOT, atomic_write, lock_folder, read_json, read_text
 from ..measure.unpack import SHIPPED
@@ -34,7 +34,7 @@ from ..training.code import PACKAGE, code_digest
 from ..training.stages import resolve_device
 from .profile import PROFILES, Profile, profile_of, read_yaml
 from .provenance import FILES
-from .run import check_run_name
+from .run import check_run_name, new_network
 from .runner import INTERRUPTED, Interrupted, run_notebook, typed
 from .ship import check_finished, ship
 
@@ -67,6 +67,7 @@ TARGETS = {
 # What a request may be given, in the order in which its command is told, and what of it each target takes.
 OF_A_RUN = ("PROFILE", "DATA", "RUN", "DEVICE", "SEED", "LIMIT", "VARIANT", "SET")
 VARIABLES = (*OF_A_RUN, "JOBS", "SCHEDULER", "CHECKPOINT", "OPT_LEVEL", "OUT")
+VARIABLES += ("PORT", "HOST", "BENCH", "SECONDS")  # of targets that do not come here
 TAKES = {
     **dict.fromkeys(TARGETS, OF_A_RUN),
     "report": ("PROFILE", "RUN"),
@@ -78,7 +79,7 @@ TAKES = {
 }
 INSTEAD = {  # of what the ablations do not take
     "RUN": "give a folder, OUT=",
-    **dict.fromkeys(("SEED", "VARIANT"), "edit study/ablations.yaml"),
+    **dict.fromkeys(("SEED", "VARIANT"), "edit msunet_core/study/ablations.yaml"),
 }
 NEEDS = {"validate": ("DATA",), "pack": ("CHECKPOINT", "OUT"), "pretrained": ("DATA",)}
 # What builds the site, and what the site shows besides a run: files of the checkout.
@@ -102,7 +103,6 @@ class Request:
         self.given = {name: value for name, value in given.items() if value}
         self.run = self.given.get("RUN") or Path(self.given.get("PROFILE", "smoke")).stem
         self.goals = [goal for goal in goals.split() if goal in TAKES]
-        check_run_name(self.run)
         self.folder = Path(os.environ.get("MSUNET_RUNS") or "runs") / self.run
         # It goes into provenance, which is published: of a file the name, not where this machine has it.
         shown = {name: Path(value).name if name in FILES else value for name, value in self.given.items()}
@@ -141,6 +141,8 @@ class Request:
                 raise StudyError(
                     f"{name}={value} is nothing that make {' and '.join(self.goals)} takes; {remedy}"
                 )
+        if "RUN" in TAKES[target]:
+            check_run_name(self.run)
         examples = {"DATA": "cifar100 or the path of an .npz", "CHECKPOINT": "runs/smoke/prune"}
         for name in NEEDS.get(target, ()):
             if name not in self.given:
@@ -151,7 +153,8 @@ class Request:
         """Refuse what no notebook could use, before anything of an earlier run is touched."""
         profile = self.profile
         resolve_device(profile.device)
-        if profile.data.source not in SOURCES:
+        new_network(profile)
+        if profile.data.source != "synthetic":
             load_data(profile.data.source, limit=profile.data.limit)
 
 
@@ -227,7 +230,7 @@ def data_digest(data: str) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for folder, folders, files in os.walk(path, followlinks=True):
         folders.sort()
-        for name in sorted(files):
+        for name in sorted(name for name in files if is_image(name)):
             status = os.stat(os.path.join(folder, name))
             if stat.S_ISREG(status.st_mode):
                 digest.update(os.fsencode(f"{folder}/{name}\0{status.st_size} {status.st_mtime_ns}\0"))

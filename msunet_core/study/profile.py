@@ -81,6 +81,9 @@ class Profile:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise StudyError(f"seed {shown(self.seed)} is outside 0 .. {2**63 - 1}; choose another")
+        for name, limit in (("data.limit", self.data.limit), ("ablation_limit", self.ablation_limit)):
+            if limit is not None and limit < 1:
+                raise StudyError(f"{name} {shown(limit)} keeps no image; give 1 or more, or leave it out")
         for part, name, choices in (
             (self.network, "variant", VARIANTS),
             (self.network, "weights", WEIGHTS),
@@ -223,6 +226,8 @@ def load_profile(
         key, equals, text = override.partition("=")
         if not equals:
             raise StudyError(f"override {shown(override)} has no '='; write it as train.epochs=3")
+        if key == "name":
+            raise StudyError("a profile has the name of its file: copy that under another one")
         if key == "network.variant":
             raise StudyError("network.variant brings a recipe of its own: give VARIANT (--variant) instead")
         if key.count(".") >= MAX_DEPTH:

@@ -28,6 +28,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from ..errors import StudyError, closest, one_line
 from ..files import ROOT, atomic_write, write_fault
+from ..training.interrupt import stopping
 from .provenance import peak_memory_of, record
 from .run import PROGRESS
 
@@ -52,7 +53,7 @@ def run_notebook(
     provenance.json beside `output` gets this notebook's entry. Training that the notebook finds in its run
     folder is the notebook's own business: a stage resumes what is its past and moves aside what is not.
 
-    Raises StudyError naming the cell that failed; Interrupted after SIGINT or SIGTERM.
+    Raises StudyError naming the cell that failed; Interrupted after SIGINT, SIGTERM or SIGHUP.
     """
     values = notebook_values(notebook, parameters)
     partial = output.with_name(f".{output.stem}.partial.ipynb")
@@ -211,7 +212,7 @@ papermill_engines.register(_Engine.NAME, _Engine)
 
 @contextlib.contextmanager
 def _forwarded_signals() -> Iterator[tuple[type[AsyncKernelManager], list[int]]]:
-    """While it lasts, SIGINT and SIGTERM reach the kernel as Ctrl-C and do not end this process.
+    """While it lasts, SIGINT, SIGTERM and SIGHUP reach the kernel as Ctrl-C and do not end this process.
 
     Yields the kernel manager to use and the list of the signals that came. The kernel is a session
     of its own, so the terminal's Ctrl-C does not reach it otherwise. A second signal kills it.
@@ -239,7 +240,7 @@ def _forwarded_signals() -> Iterator[tuple[type[AsyncKernelManager], list[int]]]
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGINT if len(received) == 1 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in stopping()}
     try:
         yield OwnKernel, received
     finally:

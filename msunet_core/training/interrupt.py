@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something to ask for between two steps."""
+"""Ctrl-C, SIGTERM and a closed terminal as something to ask for between two steps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import sys
 from collections.abc import Iterator
 
 
+def stopping() -> list[signal.Signals]:
+    """What asks a process to stop: SIGINT, SIGTERM, and SIGHUP (a terminal closed) unless under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+
+
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two steps."""
+    """Turns what asks to stop into a flag that the loop reads between two steps."""
 
     def __init__(self):
         self.received = 0
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping():
             with contextlib.suppress(ValueError):  # not the main thread: signals go to whoever is
                 self.before[number] = signal.signal(number, self._note)
         return self
@@ -31,17 +37,17 @@ class StopSignals:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside this context SIGTERM raises SystemExit, so that whatever is open is closed, as after Ctrl-C."""
+    """Inside this context SIGTERM and SIGHUP raise SystemExit, so that all is closed as after Ctrl-C."""
 
     def leave(number: int, frame) -> None:
         sys.exit(128 + number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: signals go to whoever is
-        yield
-        return
+    before = {}
+    for number in stopping()[1:]:
+        with contextlib.suppress(ValueError):  # not the main thread: signals go to whoever is
+            before[number] = signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

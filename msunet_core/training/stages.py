@@ -93,7 +93,7 @@ def train(
     Raises
     ------
     StudyError : the folder holds another run; a loss that is not finite; a disk that is full
-    KeyboardInterrupt, SystemExit : on Ctrl-C or SIGTERM, after the current step was checkpointed
+    KeyboardInterrupt, SystemExit : on Ctrl-C or SIGTERM or SIGHUP, after the current step was checkpointed
     """
     return _run_stage("train", model, data, config, Path(folder), **options)
 
@@ -374,8 +374,8 @@ class _Stage:
         self.records.log(
             f"stopped by {signal.Signals(received).name} at epoch {self.epoch}, step {self.step}"
         )
-        if received == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+        if received != signal.SIGINT:
+            raise SystemExit(128 + received)
         raise KeyboardInterrupt(f"{self.stage} checkpointed at epoch {self.epoch}, step {self.step}")
 
     # -- what it ends with -------------------------------------------------------------------
