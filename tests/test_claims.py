@@ -18,6 +18,7 @@ from msunet_core.study.claims import (
     NOT_REPRODUCED,
     NOT_TESTABLE,
     REPRODUCED,
+    UNDECIDED,
     ablation_claims,
     claims,
     load_shipped,
@@ -65,7 +66,7 @@ def test_short_trainings_agree_or_disagree_and_reproduce_nothing(tmp_path):
         *factor("opt level", "O0", "O3", -0.1, -0.2, 0.1),
         *factor("pruner", "none", "V1", -0.5, -1.6, 0.2),
     )
-    assert [verdict for verdict, _ in found] == [AGREES, DISAGREES, AGREES, NOT_TESTABLE]
+    assert [verdict for verdict, _ in found] == [AGREES, DISAGREES, AGREES, UNDECIDED]
     first = found[0][1]
     assert first.result == "-2.00 points (-2.50 to -1.50)" and first.n == "6 pairs of seeds"
     assert "binary against ternary: networks of width 0.25, 10,000 images, 12 epochs" in first.ran
@@ -189,10 +190,11 @@ def test_every_published_claim_has_a_row_and_the_shipped_network_is_what_it_is()
     by = {row.published: row for row in rows}
     for reproduced in (
         "0.09853 M parameters",
-        "target sparsity after 100 epochs",
         "WideResNet-28-10: 36.5 M parameters",
     ):
         assert by[reproduced].verdict == REPRODUCED, by[reproduced]
+    cost = by["Half precision, O3, costs little"]
+    assert (cost.n, cost.verdict) == ("10,000 test images", AGREES) and cost.result.endswith(" points")
     top1, low, high = shipped.top1
     accuracy = by["80.13 % top-1 at O3"]
     assert f"{top1:.2f} %" in accuracy.result and low < top1 < high
@@ -203,6 +205,7 @@ def test_every_published_claim_has_a_row_and_the_shipped_network_is_what_it_is()
     ("top1", "flops", "verdicts"),
     [
         (79.0, 80e6, (NOT_REPRODUCED, NOT_TESTABLE, NOT_TESTABLE)),  # 78.2 to 79.8 %
+        (79.6, 80e6, (NOT_REPRODUCED, NOT_TESTABLE, NOT_TESTABLE)),  # up to 80.4 %, but not ranked
         (80.3, 80e6, (REPRODUCED, REPRODUCED, REPRODUCED)),
         (80.3, 95e6, (REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED)),
     ],

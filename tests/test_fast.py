@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from msunet_core import apply_opt_level, build_msunet, score
 from msunet_core.fast import accelerate, accelerated, blocks, library
 from msunet_core.fast.blocks import FastInvertedResidual
 from msunet_core.fast.layers import depthwise_conv, norm_act
+from msunet_core.measure import packed_network
 from msunet_core.model import precision
 from msunet_core.model.network import Block, DepthwiseSeparable, InvertedResidual, MixedConv2d, split_channels
 from msunet_core.model.ternary import TernaryConv2d
@@ -673,6 +675,31 @@ def test_a_hook_sees_its_module_called(watched):
 def test_one_value_a_channel_is_refused_as_pytorch_does():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_act(nn.BatchNorm2d(4), None, pixels(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("module", [library, packed_network])
+def test_what_ctypes_is_told_of_each_function_is_what_its_source_says(module):
+    """ctypes takes any pointer for another one, and more arguments than there are."""
+    letters = {"p": "pointer", "n": "pointer", "s": "pointer", "u": "pointer"} | {
+        "i": "int",
+        "l": "long",
+        "f": "float",
+    }
+    source = module.SOURCE.read_text()
+    source = re.sub(r"/\*.*?\*/|//[^\n]*", "", source[source.index('extern "C"') :])
+    prefix = "msunet_packed_" if module is packed_network else "msunet_"
+    found = {
+        name.removeprefix(prefix): [
+            "pointer" if "*" in part else re.search(r"\b(int|long|float)\b", part)[1]
+            for part in given.split(",")
+        ]
+        for name, given in re.findall(rf"\b({prefix}\w+)\(([^)]*)\)[^;{{]*{{", source)
+    }
+    threads = ["int"] if module is library else []
+    told = {
+        name: [letters[of] for of in signature] + threads for name, signature in module.SIGNATURES.items()
+    }
+    assert found == told
 
 
 def run_in_new_process(**environment: str) -> tuple[str, str]:

@@ -61,7 +61,12 @@ class FastDepthwiseSeparable(DepthwiseSeparable):
         if x.device.type != "cpu":
             return super().forward(x)
         block = _Block(
-            *(None, None, None, self.conv_dw, self.bn1, self.act, None, self.conv_pw, self.bn2, self.has_skip)
+            conv=self.conv_dw,
+            norm2=self.bn1,
+            act2=self.act,
+            project=self.conv_pw,
+            norm3=self.bn2,
+            has_skip=self.has_skip,
         )
         if serves_block(block, x):
             return block_output(block, x)
@@ -76,8 +81,16 @@ class FastInvertedResidual(InvertedResidual):
         if x.device.type != "cpu":
             return super().forward(x)
         block = _Block(
-            *(self.conv_pw, self.bn1, self.act1, self.conv_dw, self.bn2, self.act2, self.se),
-            *(self.conv_pwl, self.bn3, self.has_skip),
+            expand=self.conv_pw,
+            norm1=self.bn1,
+            act1=self.act1,
+            conv=self.conv_dw,
+            norm2=self.bn2,
+            act2=self.act2,
+            se=self.se,
+            project=self.conv_pwl,
+            norm3=self.bn3,
+            has_skip=self.has_skip,
         )
         if serves_block(block, x):
             return block_output(block, x)
@@ -101,7 +114,7 @@ class FastMSUNet(MSUNet):
 # --- a whole block ---------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Block:
     """``norm3(project(se(act2(norm2(conv(act1(norm1(expand(x)))))))))``, plus ``x`` where ``has_skip``.
 
@@ -111,13 +124,13 @@ class _Block:
         ``nn.Identity`` or None
     """
 
-    expand: nn.Module | None
-    norm1: nn.BatchNorm2d | None
-    act1: nn.Module | None
+    expand: nn.Module | None = None
+    norm1: nn.BatchNorm2d | None = None
+    act1: nn.Module | None = None
     conv: nn.Module
     norm2: nn.BatchNorm2d
     act2: nn.Module
-    se: nn.Module | None
+    se: nn.Module | None = None
     project: nn.Module
     norm3: nn.BatchNorm2d
     has_skip: bool
@@ -125,6 +138,7 @@ class _Block:
     def __post_init__(self):
         self.convs = list(self.conv.children()) or [self.conv]
         self.stride = self.convs[0].stride[0]
+        self.act = ACTS.get(type(self.act2))  # None where the kernels do not know it
 
     def modules(self) -> Iterator[nn.Module]:
         for part in (getattr(self, field.name) for field in fields(self)):
@@ -167,70 +181,53 @@ def block_output(block: _Block, x: Tensor) -> Tensor:
 
 def _output_in_training(block: _Block, x: Tensor) -> Tensor:
     kernels = [None if c is None else kernel_of(c) for c in (block.expand, block.project)]
-    parts = _Parts(
-        groups=[0 if c is None else len(parts_of(c)) for c in (block.expand, block.project)],
-        norms=[block.norm1, block.norm2, block.norm3],
-        act=ACTS[type(block.act2)],
-        stride=block.stride,
-        convs=len(block.convs),
-        has_skip=block.has_skip,
-    )
-    affine = [p for norm in parts.norms for p in (norm and norm.weight, norm and norm.bias)]
+    norms = block.norm1, block.norm2, block.norm3
+    affine = [p for norm in norms for p in (norm and norm.weight, norm and norm.bias)]
     weights = [layer.weight for layer in block.convs]
-    return _Residual.apply(x, parts, *kernels, *affine, *weights, *excitation_of(block.se))
-
-
-@dataclass
-class _Parts:
-    """What the kernels must know of a block beside its weights."""
-
-    groups: list[int]  # of expand (0 if there is none) and of project
-    norms: list[nn.BatchNorm2d | None]
-    act: int
-    stride: int
-    convs: int  # how many depthwise ones
-    has_skip: bool
+    return _Residual.apply(x, block, *kernels, *affine, *weights, *excitation_of(block.se))
 
 
 class _Residual(Function):
     @staticmethod
-    def forward(ctx, x, parts, expand, project, *rest):
-        weights, excitation = rest[6 : 6 + parts.convs], rest[6 + parts.convs :]
-        _, norm2, norm3 = parts.norms
-        expansion = None if expand is None else _Expansion(expand, parts.groups[0], parts.norms[0], x)
+    def forward(ctx, x, block, expand, project, *rest):
+        weights, excitation = rest[6 : 6 + len(block.convs)], rest[6 + len(block.convs) :]
+        norm2, norm3 = block.norm2, block.norm3
+        expansion = None
+        if expand is not None:
+            expansion = _Expansion(expand, len(parts_of(block.expand)), block.norm1, x)
         expanding, before = (None, None) if expansion is None else (expansion.ternary, expansion.affine)
-        y = empty_output(x, parts.stride, norm2.num_features)
+        y = empty_output(x, block.stride, norm2.num_features)
         moments = torch.empty(2, norm2.num_features, dtype=torch.float64)
-        convolve(x, y, parts.stride, weights, parts.act, expanding, before, moments)
+        convolve(x, y, block.stride, weights, block.act, expanding, before, moments)
         after = as_affine(norm2, moments, y.numel() // y.shape[1])
-        projecting = TernaryKernel.folded(project, parts.groups[1])
+        projecting = TernaryKernel.folded(project, len(parts_of(block.project)))
         z = empty_output(y, 1, norm3.num_features)
         moments = torch.empty(2, norm3.num_features, dtype=torch.float64)
         pooled, gate = torch.empty(2, *y.shape[:2]).unbind() if excitation else (None, None)
         call(
-            *("project", is_half(y), parts.act, y, z, *as_pixels(y)[:2], projecting, after),
+            *("project", is_half(y), block.act, y, z, *as_pixels(y)[:2], projecting, after),
             *(*excitation_arguments(excitation), pooled, gate, moments),
         )
         last = as_affine(norm3, moments, z.numel() // z.shape[1])
-        result, skip = torch.empty_like(z), x if parts.has_skip else None
+        result, skip = torch.empty_like(z), x if block.has_skip else None
         call("apply", is_half(z), 0, z, skip, result, *as_pixels(z), last)
         ctx.save_for_backward(x, y, z, after, last, pooled, gate, *weights, *excitation)
-        ctx.parts, ctx.expansion, ctx.projecting = parts, expansion, projecting
+        ctx.block, ctx.expansion, ctx.projecting = block, expansion, projecting
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, y, z, after, last, pooled, gate, *rest = ctx.saved_tensors
-        parts, needed = ctx.parts, ctx.needs_input_grad
-        weights, excitation = rest[: parts.convs], rest[parts.convs :]
+        block, needed = ctx.block, ctx.needs_input_grad
+        weights, excitation = rest[: len(block.convs)], rest[len(block.convs) :]
         dy, last_sums = in_pixels(dy), empty_sums(z)
         call("sums", is_half(z), 0, dy, z, *as_pixels(z), last, last_sums)
         dweight3, dbias3 = combine(last_sums, None, None, z.shape, last)
         back, sums, dpooled = ctx.projecting.transposed(), empty_sums(y), None
         dproject = torch.empty_like(ctx.projecting.signs) if needed[3] else None
         call(
-            *("project_backward", is_half(y), parts.act, dy, z, y, *as_pixels(y)[:2], back, last, after),
+            *("project_backward", is_half(y), block.act, dy, z, y, *as_pixels(y)[:2], back, last, after),
             *(gate, sums, dproject),
         )
         dexcitation = []
@@ -243,10 +240,10 @@ class _Residual(Function):
             dx = torch.empty_like(x)  # else it comes from the expansion
         else:
             expanding = ctx.expansion.arguments(x, needed[2])
-        trained = needed[10 : 10 + parts.convs]
+        trained = needed[10 : 10 + len(block.convs)]
         behind = z, y, back, last, after, gate, dpooled
-        dweights = convolve_back(dy, x, dx, parts.stride, weights, trained, parts.act, behind, expanding)
-        skip = dy if parts.has_skip else None
+        dweights = convolve_back(dy, x, dx, block.stride, weights, trained, block.act, behind, expanding)
+        skip = dy if block.has_skip else None
         if ctx.expansion is not None:
             dx, dexpand, dweight1, dbias1 = ctx.expansion.gradients(x, expanding, skip)
         elif skip is not None:
@@ -358,7 +355,7 @@ def _output_in_eval(block: _Block, x: Tensor) -> Tensor:
         expanding, before = _in_eval(block.expand, x.dtype), as_affine(block.norm1, None, 0)
     sizes = len(x), *x.shape[2:], *y.shape[2:], block.norm2.num_features
     call(
-        *("residual", is_half(x), ACTS[type(block.act2)], block.stride, *packed.arguments, x, y, *sizes),
+        *("residual", is_half(x), block.act, block.stride, *packed.arguments, x, y, *sizes),
         *(expanding, before, as_affine(block.norm2, None, 0)),
         *excitation_arguments(excitation_of(block.se)),
         *(_in_eval(block.project, x.dtype), as_affine(block.norm3, None, 0), block.has_skip),

@@ -96,9 +96,6 @@ def savings_by_order(cost: Callable[[frozenset[str]], float], techniques: Sequen
 def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFrame:
     """What the challenge's official counter adds to the score of this network (specification §9).
 
-    And what both leave out: a batch norm's scale merges into the weights of a convolution, but not into T,
-    where a scale for each channel has to take the place of the one of the layer.
-
     Parameters
     ----------
     model : as of score; left as it is
@@ -110,15 +107,13 @@ def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFram
     subject = apply_opt_level(copy.deepcopy(model), opt_level)
     layers = score(subject, opt_level).layers.set_index("name")
     modules = dict(subject.named_modules())
-    merged = (layers["kind"] == "batch norm, merged").any()
     rows = {
         "the bias of the linear layer": [],
         "the zeros of the linear layer": [],
         "bitmasks below 40 % zeros, where they pay": [],
         "sums of SE and of the pool in 32 bits": [],
-        "a scale a channel behind ternary layers": [],
     }
-    bias, linear, dense, sums, scales = rows.values()
+    bias, linear, dense, sums = rows.values()
     for name, row in layers.iterrows():
         if row["kind"] in ("linear", "dense conv"):
             change = _as_sparse(modules[name], row)
@@ -128,14 +123,25 @@ def official_differences(model: nn.Module, opt_level: str = "O3") -> pd.DataFram
             bias.append((row["shape"][0] / row["d"], row["outputs"]))
         elif row["kind"] in ("SE pool and gate", "average pool"):
             sums.append((0.0, row["adds"] * (row["d"] - 1)))
-        elif row["kind"] in ("ternary conv", "binary conv") and merged:
-            scales.append(((row["shape"][0] - 1) / row["d"], 0.0))
     table = pd.DataFrame(
         {name: [sum(part) for part in zip((0.0, 0.0), *found, strict=True)] for name, found in rows.items()},
         index=["params", "flops"],
     ).T
     table["score"] = score_of(table["params"], table["flops"])
     return table
+
+
+def scales_left_out(result: Score) -> float:
+    """Parameters that neither counter has: the scales of merged batch norms behind ternary layers.
+
+    A scale merges into the weights of a convolution, but not into T: one for each channel has to take the
+    place of the one of the layer. Multiplications stay as many: that one multiplies each output already.
+    """
+    layers = result.layers
+    if not (layers["kind"] == "batch norm, merged").any():
+        return 0.0
+    ternary = layers[layers["kind"].isin(("ternary conv", "binary conv"))]
+    return float(sum((shape[0] - 1) / d for shape, d in zip(ternary["shape"], ternary["d"], strict=True)))
 
 
 def _as_sparse(layer: nn.Module, row: pd.Series) -> tuple[float, float]:
