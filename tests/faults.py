@@ -780,8 +780,9 @@ def try_make(count: int, seed: int, scratch: Path) -> Row:
             row.hangs += status is None
             row.executed += (ran := sorted(os.listdir(folder)) != before)
             row.tracebacks += "Traceback" in output
-            # Only clean looks at a value by itself; all others hand it on.
-            row.lost += (told := target != "clean" and status not in (0, None))
+            # Only clean looks at a value by itself; others hand it on, or refuse what they would ignore.
+            refused = f"make {target} takes no {name}; leave it out" in output
+            row.lost += (told := target != "clean" and not refused and status not in (0, None))
             row.survived += not (ran or told or status is None)
             if ran or told:
                 print(f"  make {target} {name}={value!r}: {status} {output[-200:]!r}", flush=True)

@@ -260,7 +260,7 @@ def test_other_committed_results_rerun_what_may_look_at_them(checkout):
 
 
 def test_a_run_is_named_after_its_profile_and_leaves_the_others_alone(done):
-    assert done.make(PROFILE="quick") == ALL
+    assert done.make(PROFILE="quick", DATA="synthetic") == ALL
     assert (done.folder / "runs/quick/site/index.html").exists()
     assert done.make(RUN="again") == ALL
     assert done.make() == []
