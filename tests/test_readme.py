@@ -59,7 +59,7 @@ def test_the_row_says_how_the_shipped_network_was_made():
     assert info["commit"] == provenance["git"]["commit"]
     assert provenance["git"]["clean"]
     for said in (
-        f"{provenance['wall_seconds'] / 3600:.1f} h",
+        f"{sum(map(sum, provenance['epoch_seconds'].values())) / 3600:.1f} h of training",
         f"{provenance['hardware']['cores']} cores of {provenance['hardware']['cpu']}",
         f"seed {provenance['seed']}",
         f"PROFILE={provenance['profile']}",
