@@ -21,7 +21,7 @@ from msunet_core.measure import packed_network
 from msunet_core.measure.pack import pack
 from msunet_core.measure.packed_format import norm_parts
 from msunet_core.measure.unpack import shipped
-from msunet_core.model.architecture import stored_layers
+from msunet_core.model.architecture import VARIANTS, stored_layers
 from msunet_core.model.pruning import smallest_mask
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +38,15 @@ def test_the_kernels_are_there_where_they_can_be():
     if not can_compile() or os.environ.get("MSUNET_FAST") == "0":
         pytest.skip("no C++ compiler or no x86-64 with AVX2")
     assert packed_network.library() is not None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_cpp_has_a_case_for_every_block_of_the_family(variant):
+    """It takes what it does not know for a 7 x 7 kernel, and for 8 pixels of width."""
+    size = 32
+    for block in (block for stage in VARIANTS[variant] for block in stage):
+        size //= block.stride
+        assert set(block.kernels) <= {3, 5, 7} and block.stride in (1, 2) and size in (32, 16, 8), block
 
 
 def some_images(count: int) -> np.ndarray:

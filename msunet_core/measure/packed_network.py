@@ -66,7 +66,8 @@ class PackedNetwork:
     Notes
     -----
     Where there is no compiler, or with ``MSUNET_FAST=0``, the network is unpacked and runs in PyTorch at O0.
-    It may be called from several threads, and in a process that was forked while no call was running.
+    It may be called from several threads, one of which computes at a time (give each a network of its own for
+    more), and in a process that was forked while no call was running.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):
