@@ -106,7 +106,7 @@ train: $(ENVIRONMENT) ## only notebook 02: ternary training
 prune: $(ENVIRONMENT) ## notebook 03, and 02 if needed: pruning in half precision
 ablations: $(ENVIRONMENT) ## every row of the grid, into runs/ablations [JOBS= or SCHEDULER=]
 reproduce train prune:
-	+@if [ -x $(PY) ] || command -v $(PY) >/dev/null; then $(STUDY); else echo 'all of it, and .venv before'; fi
+	+@if [ ! -e .venv ] && [ $(PY) = .venv/bin/python ]; then echo 'all of it, and .venv before'; else exec $(STUDY); fi
 report: $(ENVIRONMENT) ## build the site of RUN again from what is there, running nothing
 score: $(ENVIRONMENT) ## score the shipped network or CHECKPOINT=... [VARIANT= OPT_LEVEL=]
 validate: $(ENVIRONMENT) ## test the shipped network or CHECKPOINT= on DATA=... [VARIANT= OPT_LEVEL= LIMIT= DEVICE=]
@@ -138,8 +138,10 @@ clean: .known ## remove the folder of RUN and the tools' caches; data/ and .venv
 	if ! [[ $$run =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$$ ]]; then \
 	  echo "RUN=$${STUDY_RUN:-$$profile} is no folder of a run; give RUN=another" >&2; exit 1; fi; \
 	folder=$${MSUNET_RUNS:-runs}/$$run; \
-	if [ -e "$$folder/.lock" ] && ! flock -n "$$folder/.lock" true; then \
-	  echo "$$folder is in use; wait for it to end" >&2; exit 1; fi; \
+	for lock in "$$folder"/.lock "$$folder"/*/.lock; do \
+	  if [ -e "$$lock" ] && ! flock -n "$$lock" true; then \
+	    echo "$$folder is in use; wait for it to end" >&2; exit 1; fi; \
+	done; \
 	rm -rf -- "$$folder" .pytest_cache .ruff_cache build *.egg-info
 	@find msunet_core tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 help: .known ## this list

@@ -522,6 +522,7 @@ def test_the_kernels_of_processors_without_avx512_agree_too():
     code = (
         "import sys, pytest; from msunet_core import compiler;"
         "compiler.FLAGS = (*compiler.FLAGS, '-mno-avx512f');"
+        "from msunet_core.fast import library; assert library.enabled();"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-m', 'not slow',"
         " 'tests/test_fast.py', 'tests/test_packed_network.py']))"
     )

@@ -27,6 +27,7 @@ from msunet_core.files import atomic_write
 from msunet_core.study.profile import Profile, load_profile
 from msunet_core.study.run import new_network
 from msunet_core.training.learner import Learner
+from msunet_core.training.schedules import learning_rate
 
 SHARES = {"last step": 0.0, "second half of the last epoch": 0.5, "last epoch": 1.0}
 BATCHES = 200  # from which batch norm's statistics are made anew
@@ -57,6 +58,7 @@ def trained(data: ImageData, profile: Profile, seed: int) -> dict[str, nn.Module
         plan = plan_of(data, profile, seed, epoch)
         steps = len(plan.order)
         for index in range(steps):
+            learner.set_rate(learning_rate(config, epoch, index / steps))
             learner.step(images, labels, plan.step(index))
             for name, share in SHARES.items():
                 if share and epoch == config.epochs - 1 and index >= (1 - share) * steps:

@@ -317,7 +317,7 @@ def half_precision_claim(path: Path) -> Iterator[Claim]:
         levels = pd.read_csv(path).set_index("level")
         cost = levels.loc["O3", "top1"] - levels.loc["O0", "top1"]
         yield Claim(
-            "Half precision, O3, costs little",
+            "Half precision, O3, costs little: in the shipped network",
             "the shipped network at O0 and at O3",
             f"{levels.loc['O3', 'images']:,} test images",
             f"{cost:+.2f} points",

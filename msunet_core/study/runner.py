@@ -235,6 +235,8 @@ def _forwarded_signals() -> Iterator[tuple[type[AsyncKernelManager], list[int]]]
             ]
 
     def forward(number: int, frame) -> None:
+        if number == signal.SIGHUP and received:  # a closed terminal may send it twice
+            return
         received.append(number)
         for pid in OwnKernel.pids():
             with contextlib.suppress(ProcessLookupError):

@@ -40,6 +40,8 @@ def terminable() -> Iterator[None]:
     """Inside this context SIGTERM and SIGHUP raise SystemExit, so that all is closed as after Ctrl-C."""
 
     def leave(number: int, frame) -> None:
+        if number == signal.SIGHUP:  # a closed terminal may send it twice, the second time amid the clean-up
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         sys.exit(128 + number)
 
     before = {}
