@@ -83,7 +83,7 @@ SUITABLE = -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info <
 # whole, or was made by hand, is completed and never removed. The lock is for a second make at the same time.
 .venv/.complete: requirements.txt pyproject.toml
 	@set -e; \
-	exec 9<Makefile; flock -n 9 || { echo 'another make is making .venv; wait for it to end' >&2; exit 1; }; \
+	exec 9<Makefile; ! command -v flock >/dev/null || flock -n 9 || { echo 'another make is making .venv; wait for it to end' >&2; exit 1; }; \
 	if [ -e .venv/.making ] || [ ! -e .venv ]; then \
 	  for python in python3.11 python3.13 python3.14 python3.12 python3 none; do if $$python $(SUITABLE); then break; fi; done; \
 	  if [ $$python = none ]; then \
@@ -139,7 +139,7 @@ clean: .known ## remove the folder of RUN and the tools' caches; data/ and .venv
 	  echo "RUN=$${STUDY_RUN:-$$profile} is no folder of a run; give RUN=another" >&2; exit 1; fi; \
 	folder=$${MSUNET_RUNS:-runs}/$$run; \
 	for lock in "$$folder"/.lock "$$folder"/*/.lock; do \
-	  if [ -e "$$lock" ] && ! flock -n "$$lock" true; then \
+	  if [ -e "$$lock" ] && command -v flock >/dev/null && ! flock -n "$$lock" true; then \
 	    echo "$$folder is in use; wait for it to end" >&2; exit 1; fi; \
 	done; \
 	rm -rf -- "$$folder" .pytest_cache .ruff_cache build *.egg-info

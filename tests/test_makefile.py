@@ -199,10 +199,11 @@ def test_clean_removes_the_run_and_only_the_run(checkout):
 
 def test_clean_leaves_a_run_that_is_being_written(checkout):
     checkout.write("tests/a", "")
-    with lock_folder(checkout.folder / "runs" / "smoke", "make train"):
-        refused = checkout.call("clean")
-        assert refused.returncode != 0 and "runs/smoke is in use; wait for it" in refused.stderr
-        assert (checkout.folder / "runs" / "smoke").exists()
+    for held in ("runs/smoke", "runs/smoke/train"):  # by make, and by a stage alone
+        with lock_folder(checkout.folder / held, "make train"):
+            refused = checkout.call("clean")
+            assert refused.returncode != 0 and "runs/smoke is in use; wait for it" in refused.stderr
+            assert (checkout.folder / "runs" / "smoke").exists()
     assert checkout.call("clean").returncode == 0
     assert not (checkout.folder / "runs" / "smoke").exists()
 

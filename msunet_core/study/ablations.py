@@ -95,7 +95,7 @@ def run_ablations(
     ------
     StudyError : no such data or scheduler, a folder that cannot be written or is in use, or holds other
         results that are not to be replaced
-    KeyboardInterrupt, SystemExit : on Ctrl-C or SIGTERM, after what was finished was written
+    KeyboardInterrupt, SystemExit : on Ctrl-C; on SIGTERM or SIGHUP; after what was finished was written
     """
     if jobs < 1:
         raise StudyError(f"jobs {jobs} is not 1 or more; give the number of processes")
