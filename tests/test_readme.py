@@ -77,7 +77,7 @@ def test_readme_says_how_the_networks_were_made(row_and_file):
 
 
 def test_the_example_prints_the_score_of_the_shipped_network():
-    assert f"print(score(model, \"O3\").value)  # {score(unpack(SHIPPED, 'O0'), 'O3').value:.5f};" in README
+    assert f'print(score(model, "O3").value)  # {score(unpack(SHIPPED, "O0"), "O3").value:.5f};' in README
 
 
 def test_a_file_is_at_most_a_twentieth_larger_than_its_score_says(row_and_file):
@@ -192,7 +192,10 @@ def test_what_stability_tells_of_layers_that_ran_away_is_what_was_recorded():
         f"at α = {alpha:.2f}, `{rising.iloc[0]['layer']}` had {100 * rising.iloc[0]['zeros']:.0f} %" in told
     )
     assert f"distributed weights have {100 * math.erf(alpha / math.sqrt(2)):.0f} %" in told
-    for network, path in (("two-hour network with", ROWS["| ours, v3, `cpu2h`"]), ("shipped network", SHIPPED)):
+    for network, path in (
+        ("two-hour network with", ROWS["| ours, v3, `cpu2h`"]),
+        ("shipped network", SHIPPED),
+    ):
         layers = pd.read_csv(path.with_name("train_layers.csv"))
         zeros = layers[layers["epochs"] == layers["epochs"].max()].set_index("layer")["zeros"]
         assert f"the {network} {100 * zeros.min():.0f} to {100 * zeros.max():.0f} %" in told
