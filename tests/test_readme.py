@@ -76,6 +76,11 @@ def test_readme_says_how_the_networks_were_made(row_and_file):
         assert said in README
 
 
+def test_readme_says_what_the_shipped_network_had_before_pruning():
+    top1 = pd.read_csv(SHIPPED.with_name("train_history.csv"))["test_top1"].iloc[-1]
+    assert f"the last 6 of which prune: {top1:.2f} % before them" in README
+
+
 def test_the_example_prints_the_score_of_the_shipped_network():
     assert f'print(score(model, "O3").value)  # {score(unpack(SHIPPED, "O0"), "O3").value:.5f};' in README
 
