@@ -81,6 +81,16 @@ def test_readme_says_what_the_shipped_network_had_before_pruning():
     assert f"the last 6 of which prune: {top1:.2f} % before them" in README
 
 
+def test_the_zeros_that_readme_tells_are_those_of_notebook_05():
+    page = (ROOT / "notebooks" / "05_scoring_walkthrough.ipynb").read_text()
+    ((mean, ours),) = re.findall(
+        r"(\d+)% would give the published operations, and the shipped network has (\d+)%", page
+    )
+    assert (
+        f"({ours} % of its ternary products are with one, the published operations mean {mean} %:" in README
+    )
+
+
 def test_the_example_prints_the_score_of_the_shipped_network():
     assert f'print(score(model, "O3").value)  # {score(unpack(SHIPPED, "O0"), "O3").value:.5f};' in README
 
