@@ -141,6 +141,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(notebook, tmp_path, capfd):
     assert "cannot write" in (err := capfd.readouterr().err) and err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("sighup_ends")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_reaches_the_cell_and_leaves_no_target(notebook, output, tmp_path, number):

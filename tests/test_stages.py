@@ -102,6 +102,7 @@ def whole_runs(tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "prune-O2" else pytest.mark.slow) for kind in STAGES]
 )
+@pytest.mark.usefixtures("sighup_ends")
 def test_a_stopped_stage_ends_bit_for_bit_as_one_never_stopped(
     images, new_network, recipe, tmp_path, whole_runs, kind, step, how
 ):
