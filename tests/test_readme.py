@@ -68,7 +68,7 @@ def test_readme_says_how_the_networks_were_made(row_and_file):
     assert info["commit"] == provenance["git"]["commit"]
     assert provenance["git"]["clean"]
     for said in (
-        f"{sum(map(sum, provenance['epoch_seconds'].values())) / 3600:.1f} h",
+        f"{sum(map(sum, provenance['epoch_seconds'].values())) / 3600:.1f} h of training",
         f"{provenance['hardware']['cores']} cores of {provenance['hardware']['cpu']}",
         f"seed {provenance['seed']}",
         f"PROFILE={provenance['profile']}",
@@ -105,7 +105,9 @@ def test_no_ternary_layer_of_a_shipped_network_froze(row_and_file):
     _, path = row_and_file
     layers = layer_statistics(unpack(path, "O0"))
     assert len(layers) == 18
-    assert all(0.35 <= layer["zeros"] <= 0.70 for layer in layers)
+    # Two small layers of the shipped network have more zeros than the others (docs/stability.md).
+    many = {"blocks.1.0.conv_pwl.1", "blocks.0.0.conv_pw"}
+    assert all(0.35 <= layer["zeros"] <= (0.70 if layer["layer"] in many else 0.65) for layer in layers)
     assert all(layer["empty_channels"] <= 0.02 for layer in layers)
     assert not ran_away(pd.read_csv(path.with_name("train_layers.csv")).to_dict("records"))
 
