@@ -94,8 +94,8 @@ SUITABLE = -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info <
 	elif ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python $(SUITABLE); then \
 	  echo '.venv has no pip, or no Python 3.11 to 3.14: remove it, or give PYTHON=...' >&2; exit 1; \
 	fi; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .; \
+	.venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt; \
+	.venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -e .; \
 	rm -f .venv/.making; touch $@
 
 ##! targets

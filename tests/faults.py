@@ -10,10 +10,10 @@ Survived means: the same bits as a run never disturbed, or one line of error in 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -547,7 +547,7 @@ def verdict(load: Callable[[Path], dict], path: Path, expected: dict) -> str:
 
 
 def open_damaged(kind: str, path: Path, count: int, seed: int) -> dict:
-    """In a process with little memory: damage one file ``count`` times and open each copy."""
+    """In a fork with little memory: damage one file ``count`` times and open each copy."""
     load, damage, telling = READERS[kind]
     draw, original = random.Random(f"{seed} {kind}"), path.read_bytes()
     spare = Path(tempfile.mkdtemp(prefix="faults-")) / "as it was"
@@ -633,18 +633,37 @@ def open_crafted(folder: Path) -> dict:
     return tally | {"executed": len(list(folder.glob("ran-*")))}
 
 
-def in_a_process(*arguments, seconds: int = 3600) -> dict:
-    """One of the two functions above in a process of its own; how it ended if it did not end well."""
-    command = [sys.executable, __file__, "--open", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"hang": 1}
-    print(done.stderr, end="", flush=True)
-    if done.returncode != 0:
-        return {f"the process ended with status {done.returncode}": 1}
-    return json.loads(done.stdout)
+def in_forks(tasks: list[Callable[[], dict]], seconds: int = 3600) -> list[dict]:
+    """What functions return, each in a fork of its own, some at once; how a fork ended if not well.
+
+    ``grown`` is by how many bytes it grew, unless the function says so itself.
+    """
+    with contextlib.ExitStack() as files:
+        answers = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in tasks]
+
+        def call(task: Callable[[], dict], answer) -> int:
+            os.setsid()
+            before = peak_memory()
+            found = task()
+            json.dump({"grown": peak_memory() - before} | found, answer)
+            answer.flush()
+            return 0
+
+        def lane(first: int) -> int:
+            for task, answer in list(zip(tasks, answers, strict=True))[first::AT_ONCE]:
+                child = fork(functools.partial(call, task, answer), 1)
+                status, hung = ended(child, lambda passed: passed > seconds, 0.05)
+                if hung or status:
+                    how = "hang" if hung else f"the process ended with status {status}"
+                    answer.write(json.dumps({how: 1}))
+                    answer.flush()
+            return 0
+
+        for child in [fork(functools.partial(lane, first), 1) for first in range(AT_ONCE)]:
+            ended(child, lambda passed: False, 0.05)
+        for answer in answers:
+            answer.seek(0)
+        return [json.loads(answer.read()) for answer in answers]
 
 
 def prepared(files: Path, own: Path, data: Path) -> dict[str, Path]:
@@ -692,33 +711,32 @@ def try_files(count: int, seed: int, scratch: Path, own: Path, data: Path) -> li
     paths = prepared(scratch / "files", own, data)
     share = max(1, count // len(paths))
     rows = []
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        tallies = pool.map(lambda kind: in_a_process(kind, paths[kind], share, seed), paths)
-        for kind, tally in zip(paths, tallies, strict=True):
-            row = Row(f"damaged {kind}", tried=share)
-            grown = tally.pop("grown", 0)
-            row.megabytes = grown >> 20
-            row.hangs = tally.pop("hang", 0)
-            row.survived = tally.pop("refused", 0) + (unharmed := tally.pop("same", 0))
-            other = tally.pop("other", 0)
-            row.note = f"{unharmed} without effect on the content"
-            if READERS[kind][2]:
-                row.lost += other
-            else:
-                row.undetectable = other
-                row.note += "; what is other here is just other content" if other else ""
-            if grown > GROWTH:
-                row.lost += 1
-                row.note += "; too much memory"
-            row.tracebacks += sum(tally.values())
-            rows.append(row)
     folder = scratch / "crafted"
     folder.mkdir()
-    tally = in_a_process(folder)
-    row = Row("crafted pickle", executed=tally.pop("executed", 0), hangs=tally.pop("hang", 0))
-    row.megabytes = tally.pop("grown", 0) >> 20
-    row.tried, row.survived = sum(tally.values()), tally.pop("refused", 0)
-    row.tracebacks = sum(tally.values())
+    tasks = [functools.partial(open_damaged, kind, paths[kind], share, seed) for kind in paths]
+    *tallies, crafted = in_forks([*tasks, functools.partial(open_crafted, folder)])
+    for kind, tally in zip(paths, tallies, strict=True):
+        row = Row(f"damaged {kind}", tried=share)
+        grown = tally.pop("grown", 0)
+        row.megabytes = grown >> 20
+        row.hangs = tally.pop("hang", 0)
+        row.survived = tally.pop("refused", 0) + (unharmed := tally.pop("same", 0))
+        other = tally.pop("other", 0)
+        row.note = f"{unharmed} without effect on the content"
+        if READERS[kind][2]:
+            row.lost += other
+        else:
+            row.undetectable = other
+            row.note += "; what is other here is just other content" if other else ""
+        if grown > GROWTH:
+            row.lost += 1
+            row.note += "; too much memory"
+        row.tracebacks += sum(tally.values())
+        rows.append(row)
+    row = Row("crafted pickle", executed=crafted.pop("executed", 0), hangs=crafted.pop("hang", 0))
+    row.megabytes = crafted.pop("grown", 0) >> 20
+    row.tried, row.survived = sum(crafted.values()), crafted.pop("refused", 0)
+    row.tracebacks = sum(crafted.values())
     return [*rows, row]
 
 
@@ -821,7 +839,7 @@ def try_commands(count: int, seed: int, scratch: Path, data: Path) -> Row:
     folder.mkdir()
     asked = [[part.replace("\0", "") for part in line] for line in draw.sample(lines, min(count, len(lines)))]
     (folder / "asked.json").write_text(json.dumps(asked))
-    tally = in_a_process("commands", folder)
+    [tally] = in_forks([functools.partial(run_commands, folder)])
     row.megabytes = (grown := tally.pop("grown", 0)) >> 20
     row.tried, row.survived, row.hangs = len(asked), tally.pop("fine", 0), tally.pop("hang", 0)
     row.lost = tally.pop("not so", 0) + (grown > GROWTH)
@@ -951,22 +969,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of every random choice here")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; else all")
     parser.add_argument("--quick", action="store_true", help="a short version: training alone, no disks")
-    parser.add_argument("--open", nargs="+", help=argparse.SUPPRESS)  # the process for damaged files
     arguments = parser.parse_args()
     ctypes.CDLL(None).prctl(SUBREAPER, 1)  # whose parent was killed becomes a child of this process
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
-    if arguments.open:
-        first, *rest = arguments.open
-        before = peak_memory()
-        path = Path(rest[0] if rest else first)
-        if first == "commands":
-            found = run_commands(path)
-        else:
-            found = open_damaged(first, path, *map(int, rest[1:])) if rest else open_crafted(path)
-            found["grown"] = peak_memory() - before
-        print(json.dumps(found))
-        return 0
     kills = arguments.kills if arguments.kills is not None else (2 if arguments.quick else 30)
     files = arguments.files if arguments.files is not None else (130 if arguments.quick else 3900)
     began = time.monotonic()

@@ -47,6 +47,13 @@ def test_a_run_that_is_killed_and_files_that_are_damaged_lose_nothing():
     assert 0 < int(megabytes) < 700
 
 
+def test_a_fork_that_ends_badly_is_told(faults):
+    tasks = [lambda: {"same": 1}, lambda: os._exit(3), lambda: 1 / 0, lambda: time.sleep(60)]
+    well, *badly = faults.in_forks(tasks, seconds=1)
+    assert well["same"] == 1 and 0 <= well["grown"] < 100 * 2**20
+    assert badly == [{f"the process ended with status {status}": 1} for status in (3, 1)] + [{"hang": 1}]
+
+
 def test_a_fault_is_called_by_its_name(faults, tmp_path):
     expected = {"x": torch.arange(3)}
 
