@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from msunet_core import build_msunet
+from msunet_core import Profile, build_msunet, train
 from msunet_core.data.cutmix import cutmix_loss
 from msunet_core.model.network import Block, DepthwiseSeparable, InvertedResidual, SqueezeExcite
 from msunet_core.study.grid_runs import code_of_runs
+from msunet_core.study.profile import NetworkConfig
+from msunet_core.study.run import new_network
+from msunet_core.training.learner import Learner
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path += [str(Path(__file__).parent.parent / "benchmarks" / folder) for folder in (".", "recipes")]
+import averaged
 import latency
 import same_numbers
 from bandwidth import step_bytes
@@ -229,3 +233,28 @@ def test_the_committed_results_are_of_this_code(results):
     runs = json.loads((ROOT / "runs" / f"{results}_runs.json").read_text())
     made = json.loads((ROOT / "runs" / f"{results}_provenance.json").read_text())
     assert {made["code"], *(run["code"] for run in runs.values())} == {code_of_runs()}
+
+
+def test_averaging_trains_as_the_trainer_does_and_averages_its_last_steps(
+    images, recipe, tmp_path, monkeypatch
+):
+    config = recipe(cutmix_probability=0.0, alpha=0.67749)
+    profile = Profile(network=NetworkConfig(width=0.0625), train=config)
+    steps = []
+    step = Learner.step
+
+    def watched(learner, *arguments):
+        loss = step(learner, *arguments)
+        steps.append(learner.network.conv_stem.weight.detach().clone())
+        return loss
+
+    monkeypatch.setattr(averaged, "BATCHES", 2)
+    monkeypatch.setattr(Learner, "step", watched)
+    found = averaged.trained(images, profile, 3)
+    assert len(steps) == 9
+    network = new_network(Profile(seed=3), images.num_classes, width=0.0625)
+    whole = train(network, images, config, tmp_path, seed=3, progress=False).model.state_dict()
+    assert all(torch.equal(whole[name], value) for name, value in found["last step"].state_dict().items())
+    for name, last in (("last epoch", 3), ("second half of the last epoch", 1)):
+        mean = torch.stack(steps[9 - last : 9]).mean(0)
+        assert torch.allclose(found[name].conv_stem.weight, mean, rtol=1e-5)

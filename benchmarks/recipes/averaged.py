@@ -4,9 +4,8 @@
 
 The short training of ``short.yaml``, in which recipes are compared, three times (seeds 0, 1 and 2). Each
 network is tested as its last step left it, and with W averaged over the last epoch or its second half: T is
-chosen from the averaged W, and batch norm's statistics are made anew, from augmented training images. The
-first test is that of the grid's baseline with one thread: the loop is the trainer's. Some 20 minutes of one
-core.
+chosen from the averaged W, and batch norm's statistics are made anew, from augmented training images. Without
+the averages the loop is the trainer's, bit for bit. Some 20 minutes of one core a seed.
 """
 
 from __future__ import annotations
