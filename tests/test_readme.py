@@ -137,6 +137,18 @@ def test_the_table_of_recipes_is_the_committed_measurement():
     ]
 
 
+def test_what_averaging_changed_is_the_committed_measurement():
+    told = (ROOT / "docs" / "recipes.md").read_text()
+    found = pd.read_csv(ROOT / "runs" / "recipes" / "averaged.csv")
+    top1 = found.pivot(index="seed", columns="averaged over", values="top1")
+    assert len(top1) == 3
+    last = top1.pop("last step")
+    whole, half = (top1[name] - last for name in ("last epoch", "second half of the last epoch"))
+    assert f"it cost {-whole.mean():.1f} points ({-whole.max():.1f} to {-whole.min():.1f} in three" in told
+    assert f"it changed {half.mean():.1f} ({half.min():.1f} to {half.max():+.1f})".replace("-", "−") in told
+    assert f"the three seeds had {last.min():.1f} to {last.max():.1f}" in told
+
+
 def _points(difference: float) -> str:
     return "" if math.isnan(difference) else f"{difference:+.1f}"
 
