@@ -26,7 +26,7 @@ from latency import summary
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64  # specification §6
 EVAL_BATCH = 250
-HALF_IMAGES = 10  # true half kernels on a CPU are so slow that a few images have to do
+HALF_IMAGES = 10  # half kernels of a CPU without FP16 arithmetic are so slow that a few images do
 WARM_UP = 3  # turns: the first steps of a process are slower
 
 # name: (method, its further arguments, unit, work of `--quick`, work of a full run); work: images, steps of
@@ -296,9 +296,9 @@ def measure(threads: int, repeats: int, is_quick: bool) -> dict:
     """Every task by both ways in turns; the first turns of each warm up and are not counted."""
     ways = {way: Process(way, threads) for way in ("released", "ours")}
     results: dict[str, dict] = {}
+    warm_up = 1 if is_quick else WARM_UP
     for task, (method, further, unit, quick, full) in TASKS.items():
         values: dict[str, list[float]] = {way: [] for way in ways}
-        warm_up = 1 if is_quick else WARM_UP
         for turn in range(warm_up + repeats):
             for way, process in ways.items():
                 found = process.ask(method, quick if is_quick else full, *further)
